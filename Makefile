@@ -1,0 +1,87 @@
+# 'make demo' and 'make test' do all the set-up themselves: they need git, make,
+# curl and the Go release that go.mod names, on Debian 12 or Raspberry Pi OS.
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS   += --no-print-directory
+.DEFAULT_GOAL := build
+
+GO      ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+LDFLAGS := -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)
+FUZZTIME  ?= 10s
+BENCHTIME ?= 1s
+PREFIX    ?= /usr/local
+
+export CGO_ENABLED := 0
+export VERSION COMMIT
+
+.PHONY: help build install demo test race test-arm check fmt vet lint imports cross bench fuzz man setup clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## bin/litefs-agent for this machine
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/litefs-agent .
+
+install: build man ## the program, its man pages and completions, below PREFIX (/usr/local)
+	install -D -m 0755 bin/litefs-agent $(DESTDIR)$(PREFIX)/bin/litefs-agent
+	install -d $(DESTDIR)$(PREFIX)/share/man/man1
+	install -m 0644 dist/man/*.1 $(DESTDIR)$(PREFIX)/share/man/man1/
+	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+	bin/litefs-agent completion bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/litefs-agent
+
+setup: ## install the Debian packages that tests and demo need, where they are missing
+	@scripts/setup.sh
+
+demo: setup build ## a hub and a node on loopback in a temporary folder, shown at work
+	bin/litefs-agent demo
+
+test: setup build ## every test; fails on a skipped one too
+	$(GO) run ./internal/tools/citest ./...
+
+race: ## every test under the race detector (amd64 and arm64)
+	@scripts/setup.sh race
+	CGO_ENABLED=1 $(GO) run ./internal/tools/citest -race ./...
+
+# Packages that need no mount run as 32-bit ARM code under emulation.
+test-arm: ## the tests of the formats as ARMv6 code, under qemu-user
+	@scripts/setup.sh arm
+	@pkgs=$$($(GO) list ./ltx/... ./internal/...); \
+	host=$$($(GO) env GOOS)-$$($(GO) env GOARCH); \
+	GOOS=$${host%-*} GOARCH=$${host#*-} $(GO) build -o .build/citest ./internal/tools/citest; \
+	GOARCH=arm GOARM=6 .build/citest -exec qemu-arm $$pkgs
+
+check: fmt vet lint imports cross ## all that needs no test run: format, vet, linter, imports, ARM builds and their sizes
+
+fmt:
+	@files=$$(gofmt -l $$(git ls-files -co --exclude-standard '*.go')); \
+	if [ -n "$$files" ]; then echo "not formatted, run gofmt -w:"; echo "$$files"; exit 1; fi
+
+vet:
+	GOARCH=amd64 $(GO) vet ./...
+	GOARCH=arm GOARM=6 $(GO) vet ./...
+	GOARCH=arm GOARM=6 $(GO) vet -tags nohub ./...
+
+lint:
+	$(GO) tool -modfile=internal/tools/staticcheck/go.mod staticcheck ./...
+	$(GO) tool -modfile=internal/tools/staticcheck/go.mod staticcheck -tags nohub .
+
+imports:
+	$(GO) test -count=1 -run '^TestImports$$' .
+
+cross: ## dist/: armv6, armv7, arm64, amd64, in full and without the hub; fails above the size limits
+	scripts/cross-build.sh
+
+bench: setup build ## the benchmarks of every package (BENCHTIME=1s)
+	$(GO) test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) ./...
+
+fuzz: ## every fuzz target for FUZZTIME (10s)
+	scripts/fuzz.sh $(FUZZTIME)
+
+man: ## dist/man: the man pages
+	$(GO) test -count=1 -run '^TestManPages$$' . -man $(CURDIR)/dist/man
+
+clean: ## remove what the targets made
+	rm -rf bin dist .build
