@@ -3,6 +3,8 @@ package ltx
 import (
 	"fmt"
 	"io"
+
+	"github.com/pierrec/lz4/v4"
 )
 
 // An Encoder writes one file to a stream, a Write a page. It remembers some ten
@@ -19,8 +21,8 @@ type Encoder struct {
 	state encoderState
 	err   error // the first one
 	file  fileState
-	buf   []byte // bytes of the part being written
-	scratch
+	buf   []byte          // bytes of the part being written
+	lz4   *lz4.Compressor // made when first needed; 136 KiB
 }
 
 // An encoderState is what an Encoder waits for.
@@ -68,11 +70,16 @@ func (enc *Encoder) EncodePageCRC(pgno uint32, data []byte, crc uint64) error {
 	return enc.encodePage(pgno, data, crc, nil)
 }
 
+// encodePage is EncodePageCRC for a page whose LZ4 block is known, unless block
+// is empty.
 func (enc *Encoder) encodePage(pgno uint32, data []byte, crc uint64, block []byte) error {
 	if err := enc.expect(wantPage, "page"); err != nil {
 		return err
 	}
-	b, err := enc.file.appendPage(enc.buf[:0], pgno, data, crc, block, &enc.lz4)
+	if enc.lz4 == nil && len(block) == 0 {
+		enc.lz4 = new(lz4.Compressor)
+	}
+	b, err := enc.file.appendPage(enc.buf[:0], pgno, data, crc, block, enc.lz4)
 	return enc.write(b, err)
 }
 

@@ -133,11 +133,11 @@ func (f *fileState) added(b []byte, from int) []byte {
 	return b
 }
 
-// appendPage appends the frame of a page. block is its LZ4 block, or nil to
-// compress data.
+// appendPage appends the frame of a page. block is its LZ4 block, or empty to
+// compress data with c.
 func (f *fileState) appendPage(b []byte, pgno uint32, data []byte, crc uint64, block []byte, c *lz4.Compressor) ([]byte, error) {
 	size := f.seq.h.PageSize
-	if block == nil && len(data) != int(size) {
+	if len(data) != int(size) {
 		return b, fmt.Errorf("%w: page %d has %d bytes: want %d", ErrInvalid, pgno, len(data), size)
 	}
 	if err := f.seq.next(pgno); err != nil {
@@ -149,7 +149,7 @@ func (f *fileState) appendPage(b []byte, pgno uint32, data []byte, crc uint64, b
 	b = binary.BigEndian.AppendUint32(b, pgno)
 	b = binary.BigEndian.AppendUint16(b, flagSize)
 	b = binary.BigEndian.AppendUint32(b, 0)
-	if block != nil {
+	if len(block) > 0 {
 		b = append(b, block...)
 	} else {
 		b = grow(b, maxBlockSize(size))

@@ -6,6 +6,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"testing"
+	"testing/iotest"
 
 	"github.com/litefs-agent/litefs-agent/ltx"
 )
@@ -82,36 +83,73 @@ func page(pgno, size uint32, seed uint64) ltx.Page {
 	return ltx.Page{Pgno: pgno, Data: data, CRC: ltx.PageCRC(data)}
 }
 
+// mustEqual fails unless got is f.
+func (f file) mustEqual(t testing.TB, got file) {
+	t.Helper()
+	if got.h != f.h || got.post != f.post || len(got.pages) != len(f.pages) {
+		t.Fatalf("got %+v, %s, %d pages; want %+v, %s, %d pages", got.h, got.post, len(got.pages), f.h, f.post, len(f.pages))
+	}
+	for i, p := range f.pages {
+		if q := got.pages[i]; q.Pgno != p.Pgno || q.CRC != p.CRC || !bytes.Equal(q.Data, p.Data) {
+			t.Fatalf("page %d: got page %d, or other content", p.Pgno, q.Pgno)
+		}
+	}
+}
+
+// checkIndex checks that the index of b finds the pages of f.
+func checkIndex(t testing.TB, b []byte, f file) {
+	t.Helper()
+	h, err := ltx.ReadHeader(bytes.NewReader(b))
+	if err != nil || h != f.h {
+		t.Fatalf("ReadHeader: got %+v, %v; want %+v", h, err, f.h)
+	}
+	entries, trailer, err := ltx.ReadIndex(bytes.NewReader(b), int64(len(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, want, err := ltx.Verify(bytes.NewReader(b)); err != nil || trailer != want {
+		t.Fatalf("ReadIndex: trailer %v; Verify: %v, %v", trailer, want, err)
+	}
+	if len(entries) != len(f.pages) {
+		t.Fatalf("got %d entries, want %d", len(entries), len(f.pages))
+	}
+	data := make([]byte, h.PageSize)
+	for i, e := range entries {
+		if err := ltx.ReadPage(bytes.NewReader(b), e, h.PageSize, data); err != nil {
+			t.Fatal(err)
+		}
+		if p := f.pages[i]; e.Pgno != p.Pgno || !bytes.Equal(data, p.Data) {
+			t.Fatalf("entry %d: got page %d, or other content than page %d", i, e.Pgno, p.Pgno)
+		}
+	}
+}
+
 func TestRoundTrip(t *testing.T) {
 	for size := uint32(512); size <= 65536; size *= 2 {
-		f := file{h: ltx.Header{PageSize: size, Commit: 9, MinTXID: 7, MaxTXID: 8, PreApplyChecksum: ltx.ChecksumFlag | 5}, post: ltx.ChecksumFlag | 6}
-		for _, pgno := range []uint32{1, 2, 5, 9} {
-			f.pages = append(f.pages, page(pgno, size, 1))
+		lock := ltx.LockPgno(size)
+		f := file{
+			h:    ltx.Header{PageSize: size, Commit: lock + 2, MinTXID: 7, MaxTXID: 8, Timestamp: -1, PreApplyChecksum: ltx.ChecksumFlag | 5},
+			post: ltx.ChecksumFlag | 6,
 		}
+		f.pages, _ = pagesOf(size, 1, 1, 2, 9, lock-1, lock+1, lock+2)
+		copy(f.pages[1].Data, randomBytes(2, int(size))) // incompressible
+		f.pages[1].CRC = ltx.PageCRC(f.pages[1].Data)
 		b := f.encode(t)
 		got, err := decode(b)
 		if err != nil {
-			t.Fatal(err)
+			t.Fatalf("page size %d: %v", size, err)
 		}
-		if got.h != f.h || got.post != f.post || len(got.pages) != len(f.pages) {
-			t.Fatalf("got %+v, want %+v", got, f)
-		}
-		entries, trailer, err := ltx.ReadIndex(bytes.NewReader(b), int64(len(b)))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, want, err := ltx.Verify(bytes.NewReader(b)); err != nil || trailer != want {
-			t.Fatalf("trailer %v, verify says %v, %v", trailer, want, err)
-		}
-		data := make([]byte, size)
-		for i, e := range entries {
-			if err := ltx.ReadPage(bytes.NewReader(b), e, size, data); err != nil {
-				t.Fatal(err)
-			}
-			p := got.pages[i]
-			if p.Pgno != f.pages[i].Pgno || p.CRC != f.pages[i].CRC || !bytes.Equal(p.Data, f.pages[i].Data) || e.Pgno != p.Pgno || !bytes.Equal(data, p.Data) {
-				t.Fatalf("page %d differs", p.Pgno)
-			}
+		f.mustEqual(t, got)
+		checkIndex(t, b, f)
+		// A reader that gives a byte at a time, and no ReadByte.
+		if _, _, err := ltx.Verify(iotest.OneByteReader(bytes.NewReader(b))); err != nil {
+			t.Errorf("page size %d, byte by byte: %v", size, err)
 		}
 	}
+}
+
+func randomBytes(seed byte, n int) []byte {
+	b := make([]byte, n)
+	_, _ = rand.NewChaCha8([32]byte{seed}).Read(b)
+	return b
 }
