@@ -1,0 +1,3 @@
+package fuse_test
+
+func calls(args []string) int { return 0 }
