@@ -22,6 +22,11 @@ func CRC64(crc uint64, p []byte) uint64 { return ^linearCRC(^crc, p) }
 
 // linearCRC returns the register s after p.
 func linearCRC(s uint64, p []byte) uint64 {
+	if len(p) >= foldMin && littleEndian {
+		n := len(p) &^ (wordSize - 1)
+		s = foldCRC(s, p[:n])
+		p = p[n:]
+	}
 	for len(p) >= 8 {
 		s = mulX64(s ^ binary.LittleEndian.Uint64(p))
 		p = p[8:]

@@ -31,6 +31,7 @@ type Decoder struct {
 	trailer Trailer
 	frame   frameHeader // the frame whose body is next, with inBody
 	block   []byte      // LZ4 block of the last page; empty after an old frame
+	small   [512]byte   // scratch space; on the stack it would escape
 
 	// The index repeats what the frames said, in one possible way. The bytes it
 	// must have are hashed as the frames go by, so that nothing need be kept.
@@ -109,11 +110,11 @@ func (dec *Decoder) DecodeHeader() (Header, error) {
 }
 
 func (dec *Decoder) header() (h Header, err error) {
-	var b [HeaderSize]byte
-	if err := dec.full(b[:], "header"); err != nil {
+	b := dec.small[:HeaderSize]
+	if err := dec.full(b, "header"); err != nil {
 		return h, err
 	}
-	if err := h.UnmarshalBinary(b[:]); err != nil {
+	if err := h.UnmarshalBinary(b); err != nil {
 		return h, err
 	}
 	dec.seq = newPageSequence(h)
@@ -149,15 +150,15 @@ func (dec *Decoder) nextFrame() (pgno uint32, err error) {
 
 func (dec *Decoder) frameHeader() error {
 	at := dec.off
-	var b [FrameHeaderSize]byte
+	b := dec.small[:FrameHeaderSize]
 	if err := dec.full(b[:shortFrameHeaderSize], "page frame"); err != nil {
 		return err
 	}
-	if [shortFrameHeaderSize]byte(b[:]) == [shortFrameHeaderSize]byte{} {
+	if [shortFrameHeaderSize]byte(b) == [shortFrameHeaderSize]byte{} {
 		dec.state = atIndex
 		return nil
 	}
-	pgno, flags := binary.BigEndian.Uint32(b[:]), binary.BigEndian.Uint16(b[4:])
+	pgno, flags := binary.BigEndian.Uint32(b), binary.BigEndian.Uint16(b[4:])
 	if err := dec.seq.next(pgno); err != nil {
 		return corruptf(at, "%w", err)
 	}
@@ -217,8 +218,7 @@ func (dec *Decoder) body(data []byte) error {
 	dec.crc = shiftPage(dec.crc, dec.seq.h.PageSize) ^ dec.pageCRC
 	dec.seq.checked(dec.pageCRC)
 
-	var b [3 * binary.MaxVarintLen64]byte
-	entry := appendIndexEntry(b[:0], IndexEntry{f.pgno, f.off, dec.off - f.off})
+	entry := appendIndexEntry(dec.small[:0], IndexEntry{f.pgno, f.off, dec.off - f.off})
 	_, _ = dec.want.Write(entry)
 	dec.wantN += int64(len(entry))
 	return nil
@@ -246,9 +246,8 @@ func (dec *Decoder) end() error {
 	dec.wantN++
 	var got maphash.Hash
 	got.SetSeed(dec.want.Seed())
-	var buf [512]byte
 	for n := dec.wantN; n > 0; {
-		b := buf[:min(n, int64(len(buf)))]
+		b := dec.small[:min(n, int64(len(dec.small)))]
 		if err := dec.full(b, "index"); err != nil {
 			return err
 		}
@@ -259,7 +258,7 @@ func (dec *Decoder) end() error {
 		return corruptf(at, "index does not describe the pages")
 	}
 	at = dec.off
-	b := buf[:8+8]
+	b := dec.small[:8+8]
 	if err := dec.full(b, "trailer"); err != nil {
 		return err
 	}
