@@ -14,6 +14,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/litefs-agent/litefs-agent/ltx"
 )
 
 // A Client talks to the service behind one socket. Its methods make one request
@@ -48,10 +50,10 @@ func (c *Client) Status(ctx context.Context) (json.RawMessage, error) {
 
 // Wait returns when db has reached txid, or with acked when txid is acked. txid
 // 0 is the position now; timeout 0 waits for ever.
-func (c *Client) Wait(ctx context.Context, db string, txid uint64, acked bool, timeout time.Duration) error {
+func (c *Client) Wait(ctx context.Context, db string, txid ltx.TXID, acked bool, timeout time.Duration) error {
 	query := url.Values{"db": {db}}
 	if txid != 0 {
-		query.Set("txid", fmt.Sprintf("%016x", txid))
+		query.Set("txid", txid.String())
 	}
 	if acked {
 		query.Set("acked", "1")

@@ -17,6 +17,8 @@ import (
 	"context"
 	"errors"
 	"io"
+
+	"github.com/litefs-agent/litefs-agent/ltx"
 )
 
 // Sockets of the services where neither flag nor configuration names another.
@@ -32,7 +34,7 @@ type Service interface {
 	Status(ctx context.Context) any
 	// Wait returns when db has reached txid here, or, with acked, when txid is
 	// acked. txid 0 is the position at the call. Errors: ErrNoDatabase.
-	Wait(ctx context.Context, db string, txid uint64, acked bool) error
+	Wait(ctx context.Context, db string, txid ltx.TXID, acked bool) error
 	// Export writes db as one consistent SQLite file. Errors: ErrNoDatabase.
 	Export(ctx context.Context, db string, w io.Writer) error
 	// Verify recomputes the checksums of db, or with "" of everything, and calls
@@ -61,11 +63,34 @@ type Check struct {
 	Problem *string `json:"problem"`
 }
 
-// A Result is the last of the lines that verify prints.
+// InProgress reports whether the work on c goes on: a later Check follows.
+func (c Check) InProgress() bool { return c.OK && c.Done < c.Total }
+
+// A Result counts Checks. It is the last of the lines that verify prints.
 type Result struct {
-	Result   string `json:"result"` // "ok" or "failed"
-	Checked  int    `json:"checked"`
+	Result   string `json:"result"`  // "ok" or "failed"
+	Checked  int    `json:"checked"` // things looked at
 	Problems int    `json:"problems"`
+}
+
+// Add counts c unless it is mere progress.
+func (r *Result) Add(c Check) {
+	if c.InProgress() {
+		return
+	}
+	r.Checked++
+	if !c.OK {
+		r.Problems++
+	}
+}
+
+// Final returns r with its verdict.
+func (r Result) Final() Result {
+	r.Result = "ok"
+	if r.Problems > 0 {
+		r.Result = "failed"
+	}
+	return r
 }
 
 var (

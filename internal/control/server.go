@@ -13,10 +13,11 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"strconv"
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/litefs-agent/litefs-agent/ltx"
 )
 
 // Options say how a Server listens.
@@ -180,13 +181,13 @@ func (s *Server) wait(w http.ResponseWriter, r *http.Request) {
 }
 
 // parseWait reads the query of GET /wait.
-func parseWait(query url.Values) (db string, txid uint64, acked bool, timeout time.Duration, err error) {
+func parseWait(query url.Values) (db string, txid ltx.TXID, acked bool, timeout time.Duration, err error) {
 	if db = query.Get("db"); db == "" {
 		return "", 0, false, 0, errors.New("db is missing")
 	}
 	if text := query.Get("txid"); text != "" {
-		if txid, err = strconv.ParseUint(text, 16, 64); err != nil || txid == 0 || len(text) > 16 {
-			return "", 0, false, 0, fmt.Errorf("txid %q: must be 1 to 16 hex digits, from 1", text)
+		if txid, err = ltx.ParseTXID(text); err != nil {
+			return "", 0, false, 0, err
 		}
 	}
 	if text := query.Get("timeout"); text != "" {
