@@ -56,9 +56,12 @@ func Listen(service Service, opts Options) (*Server, error) {
 }
 
 // listenUnix binds in a private folder beside path and renames, so that nobody
-// ever finds the socket with rights other than its final ones, and two services
-// that start at once do not remove each other's.
+// ever finds the socket with rights other than its final ones. That two services
+// do not start at once, the lock of the data folder ensures.
 func listenUnix(path string, gid int) (net.Listener, os.FileInfo, error) {
+	if info, err := os.Lstat(path); err == nil && info.Mode().Type() != os.ModeSocket {
+		return nil, nil, errors.New("is there already and no socket: remove it, or set [status] socket to another path")
+	}
 	if conn, err := net.DialTimeout("unix", path, time.Second); err == nil {
 		conn.Close()
 		return nil, nil, errors.New("another service answers there: stop it, or set [status] socket to another path")
