@@ -15,7 +15,7 @@ func (m *Hello) encode(e *encoder) {
 	e.uint(2, uint64(m.MaxVersion))
 	e.uint(3, uint64(m.Features))
 	e.uint(4, uint64(m.Required))
-	e.nested(5, m.Limits.encode)
+	encodeLimits(e, 5, &m.Limits)
 	if m.Site != (Site{}) {
 		e.bytes(6, m.Site[:])
 	}
@@ -63,7 +63,7 @@ func (m *Hello) decode(d *decoder) {
 func (m *Welcome) encode(e *encoder) {
 	e.uint(1, uint64(m.Version))
 	e.uint(2, uint64(m.Features))
-	e.nested(3, m.Limits.encode)
+	encodeLimits(e, 3, &m.Limits)
 	if m.Site != (Site{}) {
 		e.bytes(4, m.Site[:])
 	}
@@ -105,6 +105,12 @@ func decodeSite(d *decoder) (s Site) {
 	}
 	copy(s[:], d.val)
 	return s
+}
+
+func encodeLimits(e *encoder, tag byte, l *Limits) {
+	if *l != (Limits{}) {
+		e.nested(tag, l.encode)
+	}
 }
 
 func (l *Limits) encode(e *encoder) {

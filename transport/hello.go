@@ -118,17 +118,19 @@ func byeFor(err error) *Bye {
 // Run serves one accepted session on c, made by [NewSession]: it calls h.Serve,
 // tells the peer how it ended, and returns when c has let go of its pipe, with
 // Serve's error unless that is only the end of the session.
-func Run(ctx context.Context, h Handler, c Conn, hello *Hello, welcome *Welcome) error {
-	ctx, cancel := context.WithCancel(ctx)
+//
+// When life ends, the peer is told that the hub stops.
+func Run(life context.Context, h Handler, c Conn, hello *Hello, welcome *Welcome) error {
+	shutdown := &Bye{Code: CodeShutdown, Text: "the hub stops"}
+	ctx, cancel := context.WithCancel(life)
 	defer cancel()
-	stop := context.AfterFunc(ctx, func() { c.(*session).end(ErrClosed, &Bye{Code: CodeShutdown}, true) })
+	stop := context.AfterFunc(life, func() { c.(*session).end(ErrClosed, shutdown, true) })
 	defer stop()
 	watched := make(chan struct{})
 	go func() { // ctx ends with the session
 		defer close(watched)
 		select {
 		case <-Ended(c):
-			stop()
 			cancel()
 		case <-ctx.Done():
 		}
@@ -139,7 +141,10 @@ func Run(ctx context.Context, h Handler, c Conn, hello *Hello, welcome *Welcome)
 	case <-Ended(c):
 		err = nil
 	default:
-		if err != nil {
+		switch {
+		case life.Err() != nil:
+			bye, err = shutdown, nil
+		case err != nil:
 			bye = byeFor(err)
 		}
 	}

@@ -241,7 +241,7 @@ func (s *session) Recv(ctx context.Context) (Message, error) {
 		s.mu.Lock()
 		if s.err == ErrClosed { // set by Close only, never wrapped
 			s.mu.Unlock()
-			return nil, s.err
+			return nil, ErrClosed
 		}
 		if len(s.in) > 0 {
 			r := s.in[0]
