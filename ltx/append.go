@@ -24,7 +24,7 @@ func AppendFile(dst []byte, h Header, pages []Page, post Checksum) ([]byte, erro
 	}
 	for i := range pages {
 		p := &pages[i]
-		if b, err = f.appendPage(b, p.Pgno, p.Data, p.CRC, nil, &s.lz4); err != nil {
+		if b, err = f.appendPage(b, p.Pgno, p.Data, p.CRC, nil, &s.compressor); err != nil {
 			return dst, err
 		}
 	}

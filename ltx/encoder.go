@@ -3,8 +3,6 @@ package ltx
 import (
 	"fmt"
 	"io"
-
-	"github.com/pierrec/lz4/v4"
 )
 
 // An Encoder writes one file to a stream, a Write a page. It remembers some ten
@@ -21,8 +19,8 @@ type Encoder struct {
 	state encoderState
 	err   error // the first one
 	file  fileState
-	buf   []byte          // bytes of the part being written
-	lz4   *lz4.Compressor // made when first needed; 136 KiB
+	buf   []byte // bytes of the part being written
+	lz4   compressor
 }
 
 // An encoderState is what an Encoder waits for.
@@ -76,10 +74,7 @@ func (enc *Encoder) encodePage(pgno uint32, data []byte, crc uint64, block []byt
 	if err := enc.expect(wantPage, "page"); err != nil {
 		return err
 	}
-	if enc.lz4 == nil && len(block) == 0 {
-		enc.lz4 = new(lz4.Compressor)
-	}
-	b, err := enc.file.appendPage(enc.buf[:0], pgno, data, crc, block, enc.lz4)
+	b, err := enc.file.appendPage(enc.buf[:0], pgno, data, crc, block, &enc.lz4)
 	return enc.write(b, err)
 }
 

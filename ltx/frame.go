@@ -4,8 +4,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"sync"
-
-	"github.com/pierrec/lz4/v4"
 )
 
 // A frame is one page inside a file. Integers are big-endian.
@@ -26,9 +24,6 @@ const (
 	shortFrameHeaderSize        = 6 // of an old frame, and of the end of frames
 	flagSize             uint16 = 1 // a size follows, and an LZ4 block
 )
-
-// maxBlockSize returns the most bytes of an LZ4 block that holds n bytes.
-func maxBlockSize(n uint32) int { return lz4.CompressBlockBound(int(n)) }
 
 // MaxFileSize returns an upper bound of the size of a file with pageN pages of
 // pageSize bytes, whatever they hold.
@@ -110,9 +105,9 @@ type fileState struct {
 	index []byte // uvarints of the pages so far
 }
 
-// A scratch is what making a file needs besides; some 140 KiB.
+// A scratch is what making a file needs besides.
 type scratch struct {
-	lz4   lz4.Compressor
+	compressor
 	index []byte
 }
 
@@ -135,7 +130,7 @@ func (f *fileState) added(b []byte, from int) []byte {
 
 // appendPage appends the frame of a page. block is its LZ4 block, or empty to
 // compress data with c.
-func (f *fileState) appendPage(b []byte, pgno uint32, data []byte, crc uint64, block []byte, c *lz4.Compressor) ([]byte, error) {
+func (f *fileState) appendPage(b []byte, pgno uint32, data []byte, crc uint64, block []byte, c *compressor) ([]byte, error) {
 	size := f.seq.h.PageSize
 	if len(data) != int(size) {
 		return b, fmt.Errorf("%w: page %d has %d bytes: want %d", ErrInvalid, pgno, len(data), size)
@@ -152,12 +147,7 @@ func (f *fileState) appendPage(b []byte, pgno uint32, data []byte, crc uint64, b
 	if len(block) > 0 {
 		b = append(b, block...)
 	} else {
-		b = grow(b, maxBlockSize(size))
-		n, err := c.CompressBlock(data, b[len(b):len(b)+maxBlockSize(size)])
-		if err != nil || n == 0 { // cannot be: there is room
-			return b[:start], fmt.Errorf("compress page %d to %d bytes: %w", pgno, n, err)
-		}
-		b = b[:len(b)+n]
+		b = c.appendBlock(b, data)
 	}
 	frame := b[start:]
 	binary.BigEndian.PutUint32(frame[6:], uint32(len(frame)-FrameHeaderSize))
