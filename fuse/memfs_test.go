@@ -225,6 +225,9 @@ func (fs *memFS) Rename(oldPath, newPath string, noReplace bool) error {
 		if there.child != nil && len(there.child) > 0 {
 			return store.ErrNotEmpty
 		}
+		there.mu.Lock()
+		there.gone = true
+		there.mu.Unlock()
 	}
 	delete(from.child, oldName)
 	n.name, n.up = newName, to

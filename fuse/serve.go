@@ -89,12 +89,12 @@ type call struct {
 // A connection serves one /dev/fuse descriptor.
 //
 // At most one goroutine, the reader, sits in read(2) or is about to. It handles
-// what needs no disk by itself, so that a request costs no switch between
-// goroutines. What may wait for a disk goes to a goroutine of its own with a
-// copy of the request, and the reader reads on. A handler that finds only
-// half-way that it has to wait brackets that with beginWait and endWait: then
-// another reader takes over, and until endWait each reader does so before it
-// handles anything, since what it handles may in turn wait for the first.
+// requests by itself, so that none waits for a switch between goroutines. Before
+// one that may wait for a disk it hands the reading over to another. A handler
+// that finds only half-way that it has to wait brackets that with beginWait and
+// endWait: then another reader takes over, and until endWait each reader hands
+// over before it handles anything, since what it handles may in turn wait for
+// the first.
 type connection struct {
 	fd  int          // set by newConnection, closed by run under closing
 	fs  *rawFS       // set by newConnection, then constant
@@ -107,13 +107,13 @@ type connection struct {
 	waiting atomic.Int32   // handlers between beginWait and endWait
 	drain   atomic.Bool    // answer everything with an error
 	quit    atomic.Bool    // readers end after the request they got
-	wg      sync.WaitGroup // readers and the goroutines of requests
+	wg      sync.WaitGroup // readers, also those that have handed over
 	done    chan struct{}  // closed when nothing is served any more and fd is closed
 	closing sync.RWMutex   // held for reading by notify, so that fd is not closed under it
 	closed  bool           // fd is closed; guarded by closing
 
 	counts [opN]atomic.Uint64 // requests since the start, by operation
-	calls  sync.Pool          // of *call, for requests with goroutines of their own
+	calls  sync.Pool          // of *call, for requests handled after handing over
 	bufs   sync.Pool          // of *call with an in of inSize, for readers
 }
 
@@ -139,17 +139,25 @@ func (c *connection) run() {
 
 // ensureReader starts a reader unless one is idle.
 func (c *connection) ensureReader() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.idle || c.ended {
-		return
+	if c.becomeIdle() {
+		c.wg.Add(1)
+		go c.read(c.bufs.Get().(*call))
 	}
-	c.idle = true
-	c.wg.Add(1)
-	go c.read()
 }
 
-// becomeIdle makes the caller the idle reader unless there is one.
+// handOver is ensureReader with the memory of the caller; given is false if the
+// caller keeps that.
+func (c *connection) handOver(k *call) (given bool) {
+	if !c.becomeIdle() {
+		return false
+	}
+	c.wg.Add(1)
+	go c.read(k)
+	return true
+}
+
+// becomeIdle makes the caller, or the reader it starts, the idle one unless there
+// is one.
 func (c *connection) becomeIdle() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -178,11 +186,9 @@ func (c *connection) beginWait() {
 
 func (c *connection) endWait() { c.waiting.Add(-1) }
 
-// read is a reader; the caller has set idle for it.
-func (c *connection) read() {
+// read is a reader with the memory k; who started it has set idle.
+func (c *connection) read(k *call) {
 	defer c.wg.Done()
-	k := c.bufs.Get().(*call)
-	defer c.bufs.Put(k)
 	for {
 		n, err := unix.Read(c.fd, k.in[:inSize])
 		switch {
@@ -200,25 +206,34 @@ func (c *connection) read() {
 		c.becomeBusy(end)
 		if n < int(unsafe.Sizeof(gofuse.InHeader{})) {
 			c.log.Error("short request from the kernel", "bytes", n)
-		} else {
-			c.take(k, n)
+		} else if !c.take(k, n) {
+			k = nil
 		}
 		if end || !c.becomeIdle() {
-			return
+			break
 		}
+		if k == nil {
+			k = c.bufs.Get().(*call)
+		}
+	}
+	if k != nil {
+		c.bufs.Put(k)
 	}
 }
 
-// take handles the n bytes in k, or hands a copy of them to a goroutine.
-func (c *connection) take(k *call, n int) {
+// take handles the n bytes in k. It returns false if k is another reader's now.
+func (c *connection) take(k *call, n int) (mine bool) {
 	h := (*gofuse.InHeader)(unsafe.Pointer(&k.in[0]))
 	c.counts[min(h.Opcode, opN-1)].Add(1)
 	if c.waits(h, k.in[:n]) {
 		k2 := c.calls.Get().(*call)
 		k2.in = append(k2.in[:0], k.in[:n]...)
-		c.wg.Add(1)
-		go c.serveCopy(k2)
-		return
+		given := c.handOver(k)
+		c.serve(k2)
+		if cap(k2.in) <= 4096 && cap(k2.out) <= 64<<10 {
+			c.calls.Put(k2)
+		}
+		return !given
 	}
 	if c.waiting.Load() > 0 {
 		c.ensureReader()
@@ -227,19 +242,12 @@ func (c *connection) take(k *call, n int) {
 	k.in = in[:n]
 	c.serve(k)
 	k.in = in
-}
-
-func (c *connection) serveCopy(k *call) {
-	defer c.wg.Done()
-	c.serve(k)
-	if cap(k.in) <= 4096 && cap(k.out) <= 64<<10 {
-		c.calls.Put(k)
-	}
+	return true
 }
 
 // waits reports whether a request may wait for a disk, or for what needs
-// requests to be served. WRITE never goes to a goroutine, so as not to copy its
-// data: to an ordinary file it is bracketed by beginWait.
+// requests to be served. WRITE is not among them, so as not to copy its data: to
+// an ordinary file it is bracketed by beginWait.
 func (c *connection) waits(h *gofuse.InHeader, in []byte) bool {
 	switch h.Opcode {
 	case opFsync, opReaddir, opStatfs, opRename, opRename2, opMkdir, opRmdir, opMknod, opFallocate:
