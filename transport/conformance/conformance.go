@@ -681,7 +681,7 @@ func testBlackHole(t *testing.T, c Carrier) {
 			t.Errorf("got %v, want lost", err)
 		}
 	}
-	if d := time.Since(began); d > 4*cfg.DeadAfter {
+	if d := time.Since(began); d > cfg.DeadAfter+5*time.Second { // of a loaded machine
 		t.Errorf("noticed after %s, want about %s", d, cfg.DeadAfter)
 	}
 	for _, end := range []transport.Conn{node, hub} {
