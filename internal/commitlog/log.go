@@ -565,7 +565,7 @@ func (l *Log) backgroundLocked() {
 				l.log.Debug("background flush", "err", err)
 			}
 		}
-		if len(l.free) == 0 && !l.closed && l.failed == nil {
+		if l.goodLocked() == 0 && !l.closed && l.failed == nil {
 			s, err := l.makeSlotLocked()
 			if err != nil {
 				l.log.Warn("no spare log segment", "err", err)

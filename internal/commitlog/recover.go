@@ -24,7 +24,7 @@ func Open(o Options, replay func(Record) error) (*Log, error) {
 		l.closeFiles()
 		return nil, fmt.Errorf("open log %s: %w", o.Dir, err)
 	}
-	if len(l.free) == 0 {
+	if l.goodLocked() == 0 {
 		l.backgroundLocked()
 	}
 	return l, nil

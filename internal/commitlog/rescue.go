@@ -46,8 +46,15 @@ func (l *Log) tryRescueLocked() error {
 	l.mu.Unlock()
 	// The header comes last: until it is durable a killed process finds the
 	// records in the old file's page cache (invariant 1).
-	s.seq.Store(0)
-	if used > 0 {
+	// A released segment's header goes first, or recovery would read our records
+	// by it.
+	if s.seq.Load() != 0 {
+		s.seq.Store(0)
+		if err = writeFull(s.f, zeros[:pageSize], 0); err == nil {
+			err = l.datasync(s.f)
+		}
+	}
+	if err == nil && used > 0 {
 		if err = writeFull(s.f, buf, pageSize); err == nil {
 			l.n.bytes.Add(uint64(len(buf)))
 			err = l.datasync(s.f)

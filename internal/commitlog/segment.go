@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -113,14 +114,22 @@ func (l *Log) makeSlotLocked() (*slot, error) {
 	return s, nil
 }
 
-// takeSlotLocked returns a free slot, or makes one.
+// takeSlotLocked returns a free slot, or makes one. The oldest segment goes
+// first: recovery, which may still look for those that the current header lists,
+// takes one that is missing below all others for released.
 func (l *Log) takeSlotLocked() (*slot, error) {
-	for l.creating && len(l.free) == 0 {
+	for l.creating && l.goodLocked() == 0 {
 		l.cond.Wait()
 	}
-	if len(l.free) > 0 {
-		s := l.free[0]
-		l.free = l.free[1:]
+	best := -1
+	for i, s := range l.free {
+		if !s.discard && (best < 0 || s.seq.Load() < l.free[best].seq.Load()) {
+			best = i
+		}
+	}
+	if best >= 0 {
+		s := l.free[best]
+		l.free = slices.Delete(slices.Clone(l.free), best, best+1)
 		return s, nil
 	}
 	return l.makeSlotLocked()
@@ -194,7 +203,7 @@ func (l *Log) startSegmentLocked(s *slot) error {
 	}
 	l.setCurrentLocked(s, h)
 	l.end, l.durEnd = pageSize, pageSize
-	if len(l.free) == 0 {
+	if l.goodLocked() == 0 {
 		l.backgroundLocked()
 	}
 	return nil

@@ -17,7 +17,7 @@ func (l *Log) Reserve(n int64) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.reserved += n
-	for len(l.free) < l.sparesLocked() {
+	for l.goodLocked() < l.sparesLocked() {
 		err := l.failed
 		if err == nil && l.closed {
 			err = ErrClosed
@@ -57,6 +57,17 @@ func (l *Log) sparesLocked() int {
 	return int((2*l.reserved + min(64<<10, room/2) + room - 1) / room)
 }
 
+// goodLocked is how many spare segments can be used.
+func (l *Log) goodLocked() int {
+	n := 0
+	for _, s := range l.free {
+		if !s.discard {
+			n++
+		}
+	}
+	return n
+}
+
 // Segments lists the segments in use, oldest first.
 func (l *Log) Segments() []SegmentInfo {
 	l.mu.Lock()
@@ -85,15 +96,9 @@ func (l *Log) Damage() []DamageInfo {
 func (l *Log) Release(before LSN) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.closed {
-		return
-	}
 	n := 0
 	for n < len(l.segs)-1 && l.segs[n].last < before {
 		n++
-	}
-	if n == 0 {
-		return
 	}
 	for _, seg := range l.segs[:n] {
 		s := seg.slot
@@ -107,35 +112,30 @@ func (l *Log) Release(before LSN) {
 			}
 		}
 	}
-	l.rmu.Lock()
-	l.segs = slices.Clone(l.segs[n:])
-	l.rmu.Unlock()
-	slices.SortFunc(l.free, func(a, b *slot) int { return compare(a.seq.Load(), b.seq.Load()) })
+	if n > 0 {
+		l.rmu.Lock()
+		l.segs = slices.Clone(l.segs[n:])
+		l.rmu.Unlock()
+	}
+	l.trimLocked()
+}
 
-	// Files go in the order of their segments, each durably before the next, so
-	// that what a crash leaves has no hole.
-	drop := len(l.segs) + len(l.free) - l.o.Target
-	drop = min(drop, len(l.free)-max(1, l.sparesLocked()))
-	for i, s := range l.free {
-		if s.discard {
-			drop = max(drop, i+1)
+// trimLocked deletes spare segments that are too many or must not be reused.
+// Those with a seq from the current header's oldest on have to wait for the next
+// header: until it is durable, recovery would miss them.
+func (l *Log) trimLocked() {
+	for !l.closed {
+		good := l.goodLocked()
+		many := good > max(1, l.sparesLocked()) && len(l.segs)+good > l.o.Target
+		i := slices.IndexFunc(l.free, func(s *slot) bool {
+			return s.seq.Load() < l.cur().hdr.oldest && (s.discard || many)
+		})
+		if i < 0 {
+			return
 		}
-	}
-	if drop <= 0 {
-		return
-	}
-	gone := slices.Clone(l.free[:drop])
-	l.free = slices.Clone(l.free[drop:])
-	for _, s := range gone {
+		s := l.free[i]
+		l.free = slices.Delete(slices.Clone(l.free), i, i+1)
 		l.dropSlotLocked(s)
-	}
-	for len(l.free) < l.sparesLocked() && l.failed == nil && !l.closed { // discarded ones served a reservation
-		s, err := l.makeSlotLocked()
-		if err != nil {
-			l.log.Warn("no spare log segment", "err", err)
-			break
-		}
-		l.free = append(l.free, s)
 	}
 }
 
