@@ -26,8 +26,8 @@ import (
 //
 // All files are read to their end and verified, also those of which no page
 // counts. On error what was written is void. LZ4 blocks are copied as they are.
-// Memory is that of one Encoder, three pages, and 4 KiB for each file that is no
-// io.ByteReader; all files are read at once.
+// Memory is that of one Encoder, three pages, and for each file 1 KiB, or 5 KiB
+// if it is no io.ByteReader; all files are read at once.
 func Compact(w io.Writer, files ...io.Reader) (Header, Trailer, error) {
 	if len(files) == 0 {
 		return Header{}, Trailer{}, fmt.Errorf("%w: no file to compact", ErrInvalid)
@@ -127,8 +127,9 @@ func (c *compactor) run(enc *Encoder) (Trailer, error) {
 
 // drain reads the files of which no page counts.
 func (c *compactor) drain() error {
-	var buf []byte
+	var buf, block []byte
 	for i, in := range c.in[:c.first] {
+		in.dec.block = block
 		size := int(in.h.PageSize)
 		buf = grow(buf[:0], size)
 		for {
@@ -138,6 +139,7 @@ func (c *compactor) drain() error {
 				return c.fileError(i, err)
 			}
 		}
+		block, in.dec.block = in.dec.block, nil
 	}
 	return nil
 }

@@ -40,11 +40,9 @@ func foldCRC(s uint64, p []byte) uint64 {
 		copy(buf[:foldWords], buf[n/wordSize:][:foldWords])
 	}
 	copy(in, p)
-	clear(in[len(p):][:4*wordSize])
-	rest := (*[foldWords]uint)(buf[foldWords:])
-	q := (*[foldWords + 4]uint)(buf[:]) // beyond the quotient: zeros
-	tail := *rest
-	clear(q[foldWords:])
+	tail := [foldWords]uint(buf[foldWords:])
+	q := (*[foldWords + 4]uint)(buf[:])
+	clear(q[foldWords:]) // no quotient goes there
 	for i := range tail {
 		tail[i] ^= q[i] ^ q[i+1] ^ q[i+3] ^ q[i+4]
 	}

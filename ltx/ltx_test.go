@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"math/rand/v2"
+	"sync"
 	"testing"
 	"testing/iotest"
 
@@ -146,6 +147,25 @@ func TestRoundTrip(t *testing.T) {
 			t.Errorf("page size %d, byte by byte: %v", size, err)
 		}
 	}
+}
+
+// TestAppendFileParallel is for the race detector.
+func TestAppendFileParallel(t *testing.T) {
+	var wg sync.WaitGroup
+	for i := range ltx.TXID(4) {
+		f := tx(5+i, 0, 1, 4096, 9, 1, 2, 3)
+		want := f.encode(t)
+		wg.Go(func() {
+			var b []byte
+			for range 50 {
+				var err error
+				if b, err = ltx.AppendFile(b[:0], f.h, f.pages, f.post); err != nil || !bytes.Equal(b, want) {
+					t.Errorf("txid %s: got another file, %v", f.h.MinTXID, err)
+				}
+			}
+		})
+	}
+	wg.Wait()
 }
 
 func randomBytes(seed byte, n int) []byte {
