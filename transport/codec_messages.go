@@ -1,6 +1,7 @@
 package transport
 
 import (
+	"fmt"
 	"math"
 	"time"
 
@@ -138,12 +139,19 @@ func (l *Limits) decode(d *decoder) {
 }
 
 func encodeStates(e *encoder, list []DatabaseState) {
+	if len(list) > MaxDatabases && e.err == nil {
+		e.err = fmt.Errorf("%d databases, at most %d: %w", len(list), MaxDatabases, ErrTooLarge)
+	}
 	for i := range list {
 		e.nested(tagList, list[i].encode)
 	}
 }
 
 func decodeState(d *decoder, list []DatabaseState) []DatabaseState {
+	if len(list) == MaxDatabases {
+		d.fail("more than %d databases", MaxDatabases)
+		return list
+	}
 	list = append(list, DatabaseState{})
 	d.nested(list[len(list)-1].decode)
 	return list

@@ -2,6 +2,7 @@ package transport_test
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"flag"
@@ -174,6 +175,30 @@ func TestRefuseToEncode(t *testing.T) {
 	}
 	if _, _, err := transport.DecodeFrame(b, 1024); err != nil {
 		t.Errorf("a long text is cut: %v", err)
+	}
+}
+
+// TestMaxDatabases: a list that is too long is refused at both ends.
+func TestMaxDatabases(t *testing.T) {
+	p := &transport.Position{}
+	for range transport.MaxDatabases {
+		p.Databases = append(p.Databases, transport.DatabaseState{Name: "a"})
+	}
+	b, err := transport.AppendFrame(nil, p, transport.MaxHelloFrame)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := transport.DecodeFrame(b, transport.MaxHelloFrame); err != nil {
+		t.Error(err)
+	}
+	b = append(b, b[5:10]...) // one more
+	binary.BigEndian.PutUint32(b, uint32(len(b)-4))
+	if _, _, err := transport.DecodeFrame(b, transport.MaxHelloFrame); !errors.Is(err, transport.ErrCorrupt) {
+		t.Errorf("got %v, want corrupt", err)
+	}
+	p.Databases = append(p.Databases, transport.DatabaseState{Name: "a"})
+	if _, err := transport.AppendFrame(nil, p, transport.MaxHelloFrame); !errors.Is(err, transport.ErrTooLarge) {
+		t.Errorf("got %v, want too large", err)
 	}
 }
 

@@ -20,6 +20,10 @@ const (
 	MaxHelloFrame   = 1 << 20 // Hello and Welcome
 )
 
+// MaxDatabases is the length of a list of databases; a longer one is corrupt. It
+// bounds what a small frame can make its receiver allocate.
+const MaxDatabases = 8192
+
 // Lengths in bytes of names on the wire; a longer one is corrupt.
 const (
 	MaxName = 512 // a database
@@ -85,7 +89,8 @@ type Site [16]byte
 // String returns 32 lower-case hex digits.
 func (s Site) String() string { return fmt.Sprintf("%x", s[:]) }
 
-// Limits are what one end wants of the other, and, once agreed, what holds for both.
+// Limits are what one end wants of the other. Once agreed ([Conn].Limits) they are
+// what this end must observe: the peer's, and the smaller MaxFrame of both.
 type Limits struct {
 	MaxFrame   uint32        // bytes of the largest frame the announcer accepts
 	Window     uint64        // bytes of pushes that the other end may have unacknowledged

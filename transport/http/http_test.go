@@ -2,6 +2,7 @@ package http_test
 
 import (
 	"net"
+	"runtime"
 	"testing"
 
 	"github.com/litefs-agent/litefs-agent/transport"
@@ -39,3 +40,37 @@ func TestPoll(t *testing.T)   { conformance.Run(t, carrier(httptransport.ModePol
 
 func BenchmarkStream(b *testing.B) { conformance.Bench(b, carrier(httptransport.ModeStream)) }
 func BenchmarkPoll(b *testing.B)   { conformance.Bench(b, carrier(httptransport.ModePoll)) }
+
+// BenchmarkIdle reports the memory of one idle session, both ends together.
+func BenchmarkIdle(b *testing.B) {
+	for name, mode := range map[string]httptransport.Mode{"stream": httptransport.ModeStream, "poll": httptransport.ModePoll} {
+		b.Run(name, func(b *testing.B) {
+			c := carrier(mode)
+			addr, stop := c.Serve(b, &echo{}, transport.Config{})
+			defer stop()
+			d := c.Dialer(b, addr, transport.Config{})
+			const n = 200
+			used := func() float64 {
+				var m runtime.MemStats
+				runtime.GC()
+				runtime.ReadMemStats(&m)
+				return float64(m.HeapInuse + m.StackInuse)
+			}
+			for b.Loop() {
+				before := used()
+				var conns []transport.Conn
+				for range n {
+					conn, _, err := d.Dial(b.Context(), &transport.Hello{Node: "n"})
+					if err != nil {
+						b.Fatal(err)
+					}
+					conns = append(conns, conn)
+				}
+				b.ReportMetric((used()-before)/n, "B/session")
+				for _, conn := range conns {
+					conn.Close()
+				}
+			}
+		})
+	}
+}

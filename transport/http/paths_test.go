@@ -133,6 +133,39 @@ func TestFallback(t *testing.T) {
 	}
 }
 
+// TestHoldingProxy: a proxy that speaks HTTP/2 but passes a request on only when it
+// has its whole body, and an answer only when it is complete.
+func TestHoldingProxy(t *testing.T) {
+	h := &echo{}
+	s := httptransport.NewServer(h, httptransport.ServerOptions{})
+	defer s.Close()
+	front := httptest.NewUnstartedServer(nethttp.HandlerFunc(func(w nethttp.ResponseWriter, r *nethttp.Request) {
+		body, err := io.ReadAll(r.Body)
+		if err != nil {
+			return
+		}
+		r.Body = io.NopCloser(bytes.NewReader(body))
+		rec := httptest.NewRecorder()
+		s.ServeHTTP(rec, r)
+		for k, v := range rec.Header() {
+			w.Header()[k] = v
+		}
+		w.WriteHeader(rec.Code)
+		_, _ = w.Write(rec.Body.Bytes())
+	}))
+	front.Config.Protocols = new(nethttp.Protocols)
+	front.Config.Protocols.SetHTTP1(true)
+	front.Config.Protocols.SetUnencryptedHTTP2(true)
+	front.Start()
+	defer front.Close()
+	c := mustDial(t, dialer(t, front.URL, httptransport.DialOptions{Config: transport.Config{HelloTimeout: 500 * time.Millisecond}}))
+	exchange(t, c, 300)
+	if p := h.peer.Load(); p.Carrier != httptransport.CarrierPoll {
+		t.Errorf("peer %+v, want polling", p)
+	}
+	c.Close()
+}
+
 // TestTLS: HTTP/2 over TLS, beside another handler and below a path, with a token,
 // in a server whose time-outs are meant for short requests.
 func TestTLS(t *testing.T) {
