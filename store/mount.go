@@ -112,19 +112,19 @@ type Peer interface {
 // Errors that the mount turns into errno values, in one table. An error that
 // wraps a syscall.Errno keeps it; any other is EIO and logged.
 var (
-	ErrNotExist  = errors.New("does not exist")                                                // ENOENT
-	ErrExist     = errors.New("exists already")                                                // EEXIST
-	ErrNotDir    = errors.New("not a folder")                                                  // ENOTDIR
-	ErrIsDir     = errors.New("is a folder")                                                   // EISDIR
-	ErrNotEmpty  = errors.New("folder is not empty")                                           // ENOTEMPTY
-	ErrReplica   = errors.New("this node does not have the right to write")                    // EACCES
-	ErrRefused   = errors.New("refused: no commit point")                                      // EACCES: journal_mode MEMORY or OFF, or a program without POSIX locks
+	ErrNotExist  = errors.New("does not exist")                                                  // ENOENT
+	ErrExist     = errors.New("exists already")                                                  // EEXIST
+	ErrNotDir    = errors.New("not a folder")                                                    // ENOTDIR
+	ErrIsDir     = errors.New("is a folder")                                                     // EISDIR
+	ErrNotEmpty  = errors.New("folder is not empty")                                             // ENOTEMPTY
+	ErrReplica   = errors.New("this node does not have the right to write")                      // EACCES
+	ErrRefused   = errors.New("refused: no commit point")                                        // EACCES: journal_mode MEMORY or OFF, or a program without POSIX locks
 	ErrOverwrite = errors.New("writing over a database without SQLite: use litefs-agent import") // EACCES
-	ErrReserved  = errors.New("name is reserved")                                              // EACCES
-	ErrBusy      = errors.New("in use")                                                        // EBUSY
-	ErrFenced    = errors.New("database is fenced after an error")                             // EIO
-	ErrStale     = errors.New("database was dropped")                                          // ESTALE
-	ErrCrossing  = errors.New("cannot be renamed")                                             // EPERM
+	ErrReserved  = errors.New("name is reserved")                                                // EACCES
+	ErrBusy      = errors.New("in use")                                                          // EBUSY
+	ErrFenced    = errors.New("database is fenced after an error")                               // EIO
+	ErrStale     = errors.New("database was dropped")                                            // ESTALE
+	ErrCrossing  = errors.New("cannot be renamed")                                               // EPERM
 )
 
 // FS is the mount's view of a store. Methods may be called in parallel.

@@ -1,0 +1,285 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"time"
+
+	"github.com/litefs-agent/litefs-agent/internal/commitlog"
+	"github.com/litefs-agent/litefs-agent/internal/sqlitefile"
+)
+
+// A database that is copied to the mount (cp, scp, rsync) is written without
+// SQLite. When its last writer has closed it and it is a whole database, it
+// becomes one, as one transaction with all its pages. That is looked at when
+// somebody asks for the name, or after adoptAfter, so that a program that
+// writes a temporary file and renames it costs one adoption.
+const adoptAfter = time.Second
+
+// mayBeDatabase marks a file whose last writer has closed it.
+func (st *Store) mayBeDatabase(f *file) {
+	f.mu.Lock()
+	f.copied = false
+	already := f.candidate
+	f.candidate = true
+	f.mu.Unlock()
+	if already {
+		return
+	}
+	st.after(adoptAfter, func() { st.adoptIfCandidate(f) })
+}
+
+// adoptIfCandidate looks at a file that may hold a whole database, and makes it
+// one if it does. What is none stays a file.
+func (st *Store) adoptIfCandidate(f *file) {
+	f.mu.Lock()
+	look := f.candidate && !f.gone.Load()
+	f.mu.Unlock()
+	if !look {
+		return
+	}
+	f.adoptMu.Lock()
+	defer f.adoptMu.Unlock()
+	f.mu.Lock()
+	look = f.candidate && f.writers == 0
+	name := f.path
+	f.candidate = false
+	f.mu.Unlock()
+	if !look || f.isDB.Load() || !st.opt.Writable(name) {
+		return
+	}
+	if err := st.adopt(f, name); err != nil && !errors.Is(err, errNoDatabase) {
+		st.log.Error("copied database stays an ordinary file", "db", name, "err", err)
+	}
+}
+
+var errNoDatabase = errors.New("no whole SQLite database")
+
+// adopt makes a copied database one of ours: its first transaction holds every
+// page, durable before it returns.
+func (st *Store) adopt(f *file, name string) error {
+	b, err := st.fs.OpenFile(path.Join(filesDir, name), os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer b.Close()
+	c, err := wholeDatabase(b)
+	if err != nil {
+		return err
+	}
+	db := st.databaseFor(f, name)
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	if db.exists || db.dropped || db.journal != nil && db.journal.open {
+		return nil
+	}
+	p, err := db.encode(c, 0, commitlog.Staged)
+	if err != nil || p == nil {
+		return err
+	}
+	if err := st.wlog.Wait(p.lsn); err != nil {
+		db.fenceWith(err)
+		return err
+	}
+	top := db.stack.Load().committed[0]
+	top.takes, top.adopted = true, true
+	f.isDB.Store(true)
+	db.size.Store(p.after.size())
+	db.confirm(p)
+	st.flushSoon(db)
+	st.later(func(peer Peer) { peer.InvalidateEntry(name + "-pos") })
+	return nil
+}
+
+// wholeDatabase describes a file that holds a database from its first byte to
+// its last, errNoDatabase if it does not.
+func wholeDatabase(b interface {
+	ReadAt(p []byte, off int64) (int, error)
+	Size() (int64, error)
+}) (c change, err error) {
+	size, err := b.Size()
+	if err != nil {
+		return c, err
+	}
+	var head [sqlitefile.HeaderSize + 1]byte
+	if size < int64(len(head)) {
+		return c, errNoDatabase
+	}
+	if _, err := b.ReadAt(head[:], 0); err != nil {
+		return c, err
+	}
+	h, ok := sqlitefile.ParseDatabaseHeader(head[:])
+	switch kind := head[sqlitefile.HeaderSize]; {
+	case !ok, size%int64(h.PageSize) != 0, kind != 2 && kind != 5 && kind != 10 && kind != 13:
+		return c, errNoDatabase
+	case h.Pages != 0 && int64(h.Pages)*int64(h.PageSize) != size:
+		return c, errNoDatabase
+	}
+	c.pageSize, c.commit = h.PageSize, uint32(size/int64(h.PageSize))
+	c.read = func(pgno uint32, p []byte) error {
+		_, err := b.ReadAt(p, int64(pgno-1)*int64(len(p)))
+		return err
+	}
+	for pgno := uint32(1); pgno <= c.commit; pgno++ {
+		c.pages = append(c.pages, pgno)
+	}
+	return c, nil
+}
+
+// promote makes the node of a first transaction a database. The ordinary file
+// goes when the log is durable past it. db.mu is held.
+func (db *DB) promote() {
+	if db.file.isDB.Load() {
+		return
+	}
+	if db.file.backed() {
+		db.stack.Load().committed[0].takes = true
+	}
+	db.file.isDB.Store(true)
+	db.file.gone.Store(false)
+	name := db.name
+	db.st.later(func(p Peer) {
+		for _, suffix := range computedSuffixes {
+			p.InvalidateEntry(name + suffix)
+		}
+	})
+}
+
+// absorb copies what shows through from an ordinary file that is not empty into
+// the layer of the first transaction, since the file goes.
+func (db *DB) absorb(txn *layer, size int64) error {
+	if db.exists || !db.file.backed() || db.file.ordinarySize() == 0 {
+		return nil
+	}
+	buf := make([]byte, 64<<10)
+	end := min(size, db.file.ordinarySize())
+	for off := int64(0); off < end; off += int64(len(buf)) {
+		p := buf[:min(int64(len(buf)), end-off)]
+		if err := db.readAt(p, off); err != nil {
+			return err
+		}
+		if err := txn.WriteAt(p, off, nil); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// replace makes the content that c describes that of the database, as one
+// durable transaction. The database is not in use. db.mu is held.
+func (db *DB) replace(c change) error {
+	p, err := db.encode(c, 0, commitlog.Staged)
+	if err != nil || p == nil {
+		return err
+	}
+	if err := db.st.wlog.Wait(p.lsn); err != nil {
+		db.fenceWith(err)
+		return err
+	}
+	l := newLayer(db.st.pool)
+	buf := make([]byte, c.pageSize)
+	for _, s := range p.sums {
+		if err := c.read(s.pgno, buf); err == nil {
+			err = l.WriteAt(buf, int64(s.pgno-1)*int64(len(buf)), nil)
+			if err == nil {
+				continue
+			}
+		}
+		// The log holds the transaction; this process cannot show it.
+		db.fenceWith(fmt.Errorf("take over page %d: %w", s.pgno, err))
+		break
+	}
+	s := *db.stack.Load()
+	s.committed[0].pos = db.at
+	l.cut(p.after.size())
+	s.committed = append([]*layer{l}, s.committed...)
+	db.stack.Store(&s)
+	db.size.Store(p.after.size())
+	db.promote()
+	db.confirm(p)
+	db.st.flushSoon(db)
+	db.st.later(func(peer Peer) { peer.InvalidateData(db.file, 0, -1) })
+	return nil
+}
+
+// drop removes a database: one transaction with commit 0. Its object goes on for
+// open handles; another takes the name, the id and the history over.
+func (st *Store) drop(db *DB) error {
+	db.settle()
+	db.flushMu.Lock()
+	defer db.flushMu.Unlock()
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	if db.dropped {
+		return fmt.Errorf("%s: %w", db.name, ErrNotExist)
+	}
+	if err := db.mayWrite(); err != nil {
+		return err
+	}
+	if j := db.journal; j != nil && j.open {
+		if err := db.rollBack(); err != nil {
+			return err
+		}
+	}
+	p, err := db.encodeDrop()
+	if err != nil {
+		return noSpace(err)
+	}
+	st.succeed(db, p)
+	return nil
+}
+
+func (db *DB) encodeDrop() (*pending, error) {
+	c := change{pageSize: db.at.PageSize}
+	mode := commitlog.Lazy
+	if db.st.opt.Durability.Commit {
+		mode = commitlog.Staged
+	}
+	p, err := db.encode(c, 0, mode)
+	if err == nil && mode == commitlog.Staged {
+		err = db.st.wlog.Wait(p.lsn)
+	}
+	return p, err
+}
+
+// succeed ends db with the drop p, and makes the object that continues its
+// history. db.flushMu and db.mu are held.
+func (st *Store) succeed(db *DB, p *pending) *DB {
+	f := db.file
+	db.exists = false
+	nf := st.newFile(db.name, f.mode.Load())
+	nd := st.newDB(nf, db.name)
+	nd.id, nd.history, nd.epoch = db.id, db.history, db.epoch
+	nd.at, nd.last, nd.lastAny, nd.lastTime = db.at, db.last, db.lastAny, db.lastTime
+	nd.base, nd.applied, nd.metaSeq, nd.dirty = db.base, db.applied, db.metaSeq, db.dirty
+	nd.recs, nd.side = db.recs, db.side
+	top := nd.stack.Load().committed[0]
+	top.fresh = true
+	top.cut(0)
+	st.nsMu.Lock()
+	st.byName[db.name], st.byID[db.id] = nd, nd
+	delete(st.files, db.name)
+	for _, suffix := range []string{"-journal", "-wal", "-shm"} {
+		if s := st.sides[db.name+suffix]; s != nil && s.owner == f {
+			delete(st.sides, db.name+suffix)
+			s.gone.Store(true)
+		}
+	}
+	st.nsMu.Unlock()
+	nd.confirm(p)
+	nd.exists = false
+	db.dropped = true
+	db.side = nil
+	db.journal, db.wal = nil, nil
+	f.gone.Store(true)
+	name := db.name
+	st.flushSoon(nd)
+	st.later(func(peer Peer) {
+		for _, suffix := range []string{"-journal", "-wal", "-shm", "-pos", "-acked", "-writer"} {
+			peer.InvalidateEntry(name + suffix)
+		}
+	})
+	return nd
+}

@@ -1,0 +1,383 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"os"
+	"path"
+	"slices"
+	"time"
+
+	"github.com/litefs-agent/litefs-agent/internal/commitlog"
+)
+
+// lazyApply is how long committed pages may wait in memory: the longer, the more
+// versions of a page cost one write to the card.
+const lazyApply = 10 * time.Second
+
+// flushSoon asks for the committed layers of db to be applied: at once when they
+// are large, else within lazyApply. It never blocks.
+func (st *Store) flushSoon(db *DB) {
+	if !db.queued.Swap(true) {
+		st.flushListMu.Lock()
+		st.flushList[db] = struct{}{}
+		st.flushListMu.Unlock()
+	}
+	if st.pool.Used() > st.opt.Memory/2 || db.layersLen() > st.opt.Large {
+		st.kickFlush()
+	} else if !st.flushArmed.Swap(true) {
+		select {
+		case st.flushArm <- struct{}{}:
+		default:
+		}
+	}
+}
+
+func (st *Store) kickFlush() {
+	select {
+	case st.flushKick <- struct{}{}:
+	default:
+	}
+}
+
+// logGrew counts what transactions add to the log, so that the flusher looks at
+// its length once a segment and not at every commit.
+func (st *Store) logGrew(n int64) {
+	if st.sinceLook.Add(n) > st.opt.SegmentSize/2 {
+		st.sinceLook.Store(0)
+		st.kickFlush()
+	}
+}
+
+func (db *DB) layersLen() (n int64) {
+	for _, l := range db.stack.Load().committed {
+		n += l.Len()
+	}
+	return n
+}
+
+// flushLoop applies committed layers and keeps the log short.
+func (st *Store) flushLoop() {
+	defer st.wg.Done()
+	timer := time.NewTimer(time.Hour)
+	timer.Stop()
+	for {
+		select {
+		case <-st.done:
+			return
+		case <-st.flushArm:
+			timer.Reset(lazyApply)
+			continue
+		case <-st.flushKick:
+		case <-timer.C:
+			st.flushArmed.Store(false)
+		}
+		if err := st.flushAll(); err != nil {
+			st.log.Warn("committed pages wait in memory: the data folder refuses them", "err", err)
+			if !st.flushArmed.Swap(true) {
+				timer.Reset(lazyApply)
+			}
+		}
+		st.checkpointIfNeeded()
+	}
+}
+
+// flushAll applies the committed layers of every database that has some.
+func (st *Store) flushAll() error {
+	st.flushListMu.Lock()
+	list := make([]*DB, 0, len(st.flushList))
+	for db := range st.flushList {
+		db.queued.Store(false)
+		list = append(list, db)
+	}
+	clear(st.flushList)
+	st.flushListMu.Unlock()
+	var errs []error
+	for _, db := range list {
+		if err := db.flush(); err != nil {
+			errs = append(errs, err)
+			db.queued.Store(true)
+			st.flushListMu.Lock()
+			st.flushList[db] = struct{}{}
+			st.flushListMu.Unlock()
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// flush applies the committed layers to the database and checksum files, after
+// the log is durable past them (invariant 3). It does not make the files durable.
+func (db *DB) flush() error {
+	db.flushMu.Lock()
+	defer db.flushMu.Unlock()
+	return db.flushLocked()
+}
+
+func (db *DB) flushLocked() error {
+	db.mu.Lock()
+	if db.dropped {
+		db.mu.Unlock()
+		return nil
+	}
+	s := *db.stack.Load()
+	if top := s.committed[0]; !top.empty() {
+		if len(db.walPending()) == 0 {
+			top.pos = db.at
+		} else {
+			top.pos = db.applied
+		}
+		top.lsn = max(top.lsn, 1)
+		s.committed = append([]*layer{newLayer(db.st.pool)}, s.committed...)
+		db.stack.Store(&s)
+	} else if len(s.committed) == 1 && len(db.walPending()) == 0 {
+		db.applied = db.at
+	}
+	db.mu.Unlock()
+	for {
+		list := db.stack.Load().committed
+		if len(list) == 1 {
+			return nil
+		}
+		if err := db.applyLayer(list[len(list)-1]); err != nil {
+			return err
+		}
+	}
+}
+
+// walPending returns the pages that are committed only in the WAL. db.mu is held.
+func (db *DB) walPending() map[uint32]int64 {
+	if db.wal == nil {
+		return nil
+	}
+	return db.wal.pages
+}
+
+// applyLayer brings the oldest committed layer to the files. db.flushMu is held.
+func (db *DB) applyLayer(l *layer) error {
+	if err := db.st.wlog.Wait(l.lsn); err != nil {
+		return err
+	}
+	if err := db.prepareFiles(l); err != nil {
+		return err
+	}
+	files, err := db.openFiles(true)
+	if err != nil {
+		return err
+	}
+	if limit := l.under.Load(); limit != math.MaxInt64 {
+		size, err := files.data.Size()
+		if err != nil {
+			return err
+		}
+		if size > limit {
+			if err := files.data.Truncate(limit); err != nil {
+				return fmt.Errorf("%s: truncate to %d: %w", db.name, limit, err)
+			}
+		}
+	}
+	err = l.Runs(func(p []byte, off int64) error {
+		_, err := files.data.WriteAt(p, off)
+		return err
+	})
+	if err == nil {
+		err = writeSums(files.sums, l.sums)
+	}
+	if err != nil {
+		return fmt.Errorf("%s: apply committed pages: %w", db.name, err)
+	}
+	db.mu.Lock()
+	s := *db.stack.Load()
+	s.committed = slices.Clone(s.committed[:len(s.committed)-1])
+	db.stack.Store(&s)
+	if l.pos.TXID >= db.applied.TXID {
+		db.applied = l.pos
+	}
+	db.mu.Unlock()
+	l.Reset()
+	return nil
+}
+
+// prepareFiles does what a layer asks for before its pages: the files of a
+// dropped database go, an ordinary file that became a database moves.
+func (db *DB) prepareFiles(l *layer) error {
+	fsys := db.st.fs
+	if l.fresh {
+		db.mu.Lock()
+		db.closeFiles()
+		db.onDisk.Store(false)
+		db.mu.Unlock()
+		for _, name := range []string{"data", "sums"} {
+			if err := fsys.Remove(path.Join(db.dir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+				return fmt.Errorf("%s: remove the dropped content: %w", db.name, err)
+			}
+		}
+		l.fresh = false
+	}
+	if f := db.file; l.takes && f.backed() {
+		name := path.Join(filesDir, f.name())
+		if err := db.makeDir(); err != nil {
+			return err
+		}
+		if l.adopted {
+			if err := fsys.Rename(name, path.Join(db.dir, "data")); err != nil && !errors.Is(err, os.ErrNotExist) {
+				return fmt.Errorf("%s: take over the file: %w", db.name, err)
+			}
+		} else if err := fsys.Remove(name); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("%s: remove the file it grew from: %w", db.name, err)
+		}
+		if _, err := db.openFiles(true); err != nil {
+			return err
+		}
+		f.unback()
+	}
+	return nil
+}
+
+// checkpointIfNeeded frees log segments when more than the ring's target are in
+// use.
+func (st *Store) checkpointIfNeeded() {
+	segs := st.wlog.Segments()
+	if len(segs) <= st.ringTarget {
+		return
+	}
+	if err := st.checkpoint(segs[len(segs)-st.ringTarget/2-1].Last + 1); err != nil {
+		st.log.Warn("log segments cannot be reused yet", "err", err)
+	}
+}
+
+// checkpoint makes everything of log records below lsn durable elsewhere:
+// database files and base, or level files. Then their segments may be reused
+// (invariant 7).
+func (st *Store) checkpoint(below commitlog.LSN) error {
+	st.checkpointMu.Lock()
+	defer st.checkpointMu.Unlock()
+	var list []*DB
+	for _, db := range st.all() {
+		db.mu.Lock()
+		if db.dirty != 0 && db.dirty < below {
+			list = append(list, db)
+		}
+		db.mu.Unlock()
+	}
+	if err := st.moveBases(list, below); err != nil {
+		return err
+	}
+	st.wlog.Release(below)
+	return nil
+}
+
+// syncfsAbove is the number of databases from which one syncfs replaces the
+// fdatasyncs of each.
+const syncfsAbove = 6
+
+// moveBases applies, makes durable, and writes the metadata of each database.
+func (st *Store) moveBases(list []*DB, below commitlog.LSN) error {
+	many := len(list) > syncfsAbove
+	bases := make([]baseMove, 0, len(list))
+	for _, db := range list {
+		db.flushMu.Lock()
+		defer db.flushMu.Unlock()
+		if err := db.flushLocked(); err != nil {
+			return err
+		}
+		b, err := db.beginBase(below, many)
+		if err != nil {
+			return err
+		}
+		bases = append(bases, b)
+	}
+	if many {
+		if err := st.fs.SyncFS(); err != nil {
+			return fmt.Errorf("sync the data folder: %w", err)
+		}
+	}
+	for i, db := range list {
+		if err := db.writeMeta(bases[i].meta, many); err != nil {
+			return err
+		}
+	}
+	if many {
+		if err := st.fs.SyncFS(); err != nil {
+			return fmt.Errorf("sync the data folder: %w", err)
+		}
+	}
+	for i, db := range list {
+		db.finishBase(bases[i])
+	}
+	return nil
+}
+
+// A baseMove is a checkpoint of one database in progress.
+type baseMove struct {
+	meta  dbMeta
+	dirty commitlog.LSN // what stays dirty afterwards
+	side  []string
+}
+
+// beginBase makes the files of db durable (unless one syncfs for many follows)
+// and what the log below lsn holds of its history too, and returns the metadata
+// to write. db.flushMu is held.
+func (db *DB) beginBase(below commitlog.LSN, many bool) (baseMove, error) {
+	var b baseMove
+	db.mu.Lock()
+	base := db.applied
+	if db.applied.TXID < db.base.TXID {
+		base = db.base
+	}
+	gone := db.dropped
+	b.side, db.side = db.side, nil
+	db.mu.Unlock()
+	if files := db.files.Load(); !many && !gone && files != nil {
+		if err := files.data.Datasync(); err != nil {
+			err = fmt.Errorf("%s: make the database file durable: %w", db.name, err)
+			db.fenceWith(err)
+			return b, err
+		}
+		if err := files.sums.Datasync(); err != nil {
+			err = fmt.Errorf("%s: make the checksum file durable: %w", db.name, err)
+			db.fenceWith(err)
+			return b, err
+		}
+		if err := db.st.fs.SyncDir(db.dir); err != nil {
+			return b, err
+		}
+	}
+	if below > 0 {
+		if err := db.keepHistory(below, base); err != nil {
+			return b, err
+		}
+	}
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	b.meta = db.metaLocked(base)
+	b.dirty = db.dirty
+	if below > 0 {
+		b.dirty = db.dirtyAbove(below)
+	}
+	return b, nil
+}
+
+// dirtyAbove returns the first log record at or above lsn that is not in the
+// files: 0 if there is none. db.mu is held.
+func (db *DB) dirtyAbove(below commitlog.LSN) commitlog.LSN {
+	if max(db.last, db.lastAny) < below {
+		return 0
+	}
+	return below
+}
+
+func (db *DB) finishBase(b baseMove) {
+	db.mu.Lock()
+	db.base = b.meta.base()
+	db.dirty = b.dirty
+	db.mu.Unlock()
+	for _, name := range b.side {
+		_ = db.st.fs.Remove(name)
+	}
+	db.mu.Lock()
+	if !db.file.inUse() {
+		db.closeFiles()
+	}
+	db.mu.Unlock()
+}

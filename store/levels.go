@@ -1,0 +1,257 @@
+package store
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"path"
+	"slices"
+	"time"
+
+	"github.com/litefs-agent/litefs-agent/internal/commitlog"
+	"github.com/litefs-agent/litefs-agent/internal/disk"
+	"github.com/litefs-agent/litefs-agent/ltx"
+)
+
+// maxLevelFiles is how many level files of one database may stand side by side
+// before they are compacted into one of the next level.
+const maxLevelFiles = 16
+
+// keepHistory writes level files for the records below lsn that the log is about
+// to lose and somebody still needs: recovery (above base), a link (not acked),
+// or the history that the operator wants. The rest is forgotten. db.flushMu is
+// held, db.mu is not.
+func (db *DB) keepHistory(below commitlog.LSN, base position) error {
+	db.mu.Lock()
+	n := 0
+	for n < len(db.recs.list) && db.recs.list[n].lsn < below {
+		n++
+	}
+	list := slices.Clone(db.recs.list[:n])
+	need := db.neededFrom(base)
+	acked, sent := db.recs.acked.TXID, max(db.recs.sent, db.recs.mark)
+	db.mu.Unlock()
+	drop := 0
+	for drop < len(list) && list[drop].max < need {
+		drop++
+	}
+	kept, err := db.writeLevels(list[drop:], acked, sent)
+	if err != nil {
+		return err
+	}
+	db.mu.Lock()
+	db.recs.list = append(kept, db.recs.list[n:]...)
+	db.mu.Unlock()
+	for _, e := range list[:drop] {
+		if e.path != "" {
+			_ = db.st.fs.Remove(e.path)
+		}
+	}
+	return db.mergeLevels(base)
+}
+
+// neededFrom returns the first TXID whose record must be kept. db.mu is held.
+func (db *DB) neededFrom(base position) ltx.TXID {
+	need := base.TXID + 1
+	if db.st.opt.Shipping {
+		need = min(need, db.recs.acked.TXID+1)
+	}
+	oldest := db.st.opt.Now().Add(-db.st.opt.History).UnixMilli()
+	for _, e := range db.recs.list {
+		if e.max >= need {
+			break
+		}
+		if e.time > oldest {
+			return e.min
+		}
+	}
+	return need
+}
+
+// writeLevels makes files of the records that are only in the log. Those that
+// the hub may stand between (sent and not acked) stay single; runs of others
+// become one file.
+func (db *DB) writeLevels(list []entry, acked, sent ltx.TXID) ([]entry, error) {
+	var kept []entry
+	for i := 0; i < len(list); {
+		e := list[i]
+		if e.path != "" {
+			e.lsn = 0
+			kept = append(kept, e)
+			i++
+			continue
+		}
+		k := i + 1
+		if e.max <= acked || e.min > sent {
+			for k < len(list) && list[k].path == "" && (list[k].max <= acked) == (e.max <= acked) {
+				k++
+			}
+		}
+		level := 0
+		if k > i+1 {
+			level = 1
+		}
+		m, err := db.writeLevel(level, list[i:k])
+		if err != nil {
+			return nil, err
+		}
+		kept = append(kept, m)
+		i = k
+	}
+	return kept, nil
+}
+
+// writeLevel compacts consecutive records into one durable file.
+func (db *DB) writeLevel(level int, list []entry) (entry, error) {
+	first, last := list[0], list[len(list)-1]
+	dir := db.levelDir(level)
+	if err := db.makeDir(); err != nil {
+		return entry{}, err
+	}
+	if err := disk.MkdirAll(db.st.fs, dir, 0o700); err != nil {
+		return entry{}, fmt.Errorf("%s: make %s: %w", db.name, dir, err)
+	}
+	name := path.Join(dir, ltx.FormatFilename(first.min, last.max))
+	f, err := db.st.fs.OpenFile(name+".tmp", os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return entry{}, fmt.Errorf("%s: create %s: %w", db.name, name, err)
+	}
+	defer f.Close()
+	out := &offsetWriter{w: f, buf: make([]byte, 0, offsetWriterSize)}
+	e, err := db.compact(out, list)
+	if err == nil {
+		err = out.flush()
+	}
+	if err == nil {
+		err = f.Datasync()
+	}
+	if err == nil {
+		err = db.st.fs.Rename(name+".tmp", name)
+	}
+	if err == nil {
+		err = db.st.fs.SyncDir(dir)
+	}
+	if err != nil {
+		_ = db.st.fs.Remove(name + ".tmp")
+		return entry{}, fmt.Errorf("%s: write %s: %w", db.name, name, err)
+	}
+	e.path, e.size = name, out.off
+	return e, nil
+}
+
+// compact writes one LTX file that stands for consecutive records.
+func (db *DB) compact(w io.Writer, list []entry) (entry, error) {
+	first, last := list[0], list[len(list)-1]
+	e := entry{
+		min: first.min, max: last.max, pre: first.pre, post: last.post,
+		commit: last.commit, pageSize: last.pageSize, time: last.time,
+	}
+	for _, x := range list {
+		e.full = e.full || x.full
+	}
+	readers := make([]io.Reader, 0, len(list))
+	for _, x := range list {
+		r, err := db.st.openRecord(x)
+		if err != nil {
+			return e, err
+		}
+		defer r.Close()
+		readers = append(readers, r)
+	}
+	if len(list) == 1 {
+		_, err := io.Copy(w, readers[0])
+		return e, err
+	}
+	_, tr, err := ltx.Compact(w, readers...)
+	if err == nil && tr.PostApplyChecksum != last.post {
+		err = fmt.Errorf("compaction ends at %s, not %s", tr.PostApplyChecksum, last.post)
+	}
+	return e, err
+}
+
+// mergeLevels compacts the level files of one database when there are many, and
+// forgets the history before base when the budget is used up: the content is in
+// the database file, and a link sends that instead.
+func (db *DB) mergeLevels(base position) error {
+	db.mu.Lock()
+	n := 0
+	var size int64
+	for n < len(db.recs.list) && db.recs.list[n].lsn == 0 {
+		size += db.recs.list[n].size
+		n++
+	}
+	list := slices.Clone(db.recs.list[:n])
+	acked, sent := db.recs.acked.TXID, max(db.recs.sent, db.recs.mark)
+	db.mu.Unlock()
+	if n == 0 {
+		return nil
+	}
+	if size > db.st.opt.Budget/2 && list[n-1].max <= base.TXID {
+		db.log.Warn("history forgotten: the budget is used up", "bytes", size)
+		return db.replaceLevels(list, nil)
+	}
+	if n <= maxLevelFiles {
+		return nil
+	}
+	from := 0
+	for from < n && list[from].max <= acked && list[from].max <= base.TXID {
+		from++
+	}
+	var kept []entry
+	for _, part := range [][]entry{list[:from], list[from:]} {
+		if len(part) < 2 || part[0].min <= sent && part[0].min > acked {
+			kept = append(kept, part...)
+			continue
+		}
+		e, err := db.writeLevel(2, part)
+		if err != nil {
+			return err
+		}
+		kept = append(kept, e)
+	}
+	return db.replaceLevels(list, kept)
+}
+
+// replaceLevels puts kept in place of the first len(old) entries and removes the
+// files that no longer count.
+func (db *DB) replaceLevels(old, kept []entry) error {
+	db.mu.Lock()
+	db.recs.list = append(slices.Clone(kept), db.recs.list[len(old):]...)
+	db.mu.Unlock()
+	for _, e := range old {
+		if !slices.ContainsFunc(kept, func(k entry) bool { return k.path == e.path }) {
+			_ = db.st.fs.Remove(e.path)
+		}
+	}
+	return nil
+}
+
+// openRecord reads the LTX bytes of a record, wherever they lie.
+func (st *Store) openRecord(e entry) (io.ReadCloser, error) {
+	if e.path == "" {
+		return io.NopCloser(io.NewSectionReader(logReader{st.wlog, e.ref}, e.off, e.size)), nil
+	}
+	f, err := st.fs.OpenFile(e.path, os.O_RDONLY, 0)
+	if err != nil {
+		return nil, err
+	}
+	return struct {
+		io.Reader
+		io.Closer
+	}{io.NewSectionReader(f, 0, e.size), f}, nil
+}
+
+// logReader reads the payload of one log record.
+type logReader struct {
+	log *commitlog.Log
+	ref commitlog.Ref
+}
+
+func (r logReader) ReadAt(p []byte, off int64) (int, error) {
+	if err := r.log.ReadAt(r.ref, p, off); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+var _ = time.Second

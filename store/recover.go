@@ -1,0 +1,508 @@
+package store
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/litefs-agent/litefs-agent/internal/commitlog"
+	"github.com/litefs-agent/litefs-agent/internal/disk"
+	"github.com/litefs-agent/litefs-agent/ltx"
+)
+
+// A recovering database collects what its folder and the log say of it.
+type recovering struct {
+	db      *DB
+	meta    dbMeta
+	hasMeta bool
+	logged  []entry // records in the log, ascending, aborted ones taken out
+	damaged error
+	firstN  commitlog.LSN // first log record beyond the metadata
+}
+
+type recovery struct {
+	st   *Store
+	byID map[uint32]*recovering
+}
+
+// recover reads the folders and the log, and brings every database to its last
+// committed transaction.
+func (st *Store) recover() error {
+	r := &recovery{st: st, byID: make(map[uint32]*recovering)}
+	if err := r.readFolders(); err != nil {
+		return err
+	}
+	var err error
+	st.wlog, err = commitlog.Open(commitlog.Options{
+		FS: st.fs, Dir: logDir, SegmentSize: st.opt.SegmentSize, Target: st.ringTarget,
+		FlushAfter: st.flushAfter(), NoDirect: st.opt.NoDirect, Logger: st.log, Rand: st.opt.Rand,
+	}, r.replay)
+	if err != nil {
+		return fmt.Errorf("open the log: %w", err)
+	}
+	st.wlog.OnDurable(func(commitlog.LSN) { st.notify(nil) })
+	for _, d := range st.wlog.Damage() {
+		st.log.Error("the log is damaged: records are missing; the segment is kept aside",
+			"file", d.File, "from", d.From, "to", d.To, "reason", d.Reason)
+	}
+	ids := make([]uint32, 0, len(r.byID))
+	for id := range r.byID {
+		ids = append(ids, id)
+	}
+	slices.Sort(ids)
+	for _, id := range ids {
+		if err := r.byID[id].finish(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (st *Store) flushAfter() time.Duration {
+	d := st.opt.Flush
+	if a := st.opt.Durability.After; a > 0 {
+		d = min(d, a)
+	}
+	return d
+}
+
+func (r *recovery) readFolders() error {
+	dirs, err := r.st.fs.ReadDir(dbsDir)
+	if err != nil {
+		return fmt.Errorf("read the data folder: %w", err)
+	}
+	for _, d := range dirs {
+		dir := path.Join(dbsDir, d.Name())
+		m, ok, err := readMeta(r.st.fs, dir)
+		if err != nil {
+			return fmt.Errorf("read %s: %w", dir, err)
+		}
+		if !ok {
+			continue // not yet known but to the log
+		}
+		rec := r.database(m.ID, m.Name)
+		rec.meta, rec.hasMeta = m, true
+		rec.db.history, rec.db.epoch = m.History, Epoch{m.EpochN, m.EpochGrant}
+	}
+	return nil
+}
+
+func (r *recovery) database(id uint32, name string) *recovering {
+	if rec := r.byID[id]; rec != nil {
+		return rec
+	}
+	f := r.st.newFile(name, 0o660)
+	db := r.st.newDB(f, name)
+	db.id = id
+	rec := &recovering{db: db}
+	r.byID[id] = rec
+	r.st.byID[id], r.st.byName[name] = db, db
+	r.st.lastID = max(r.st.lastID, id)
+	return rec
+}
+
+// replay takes one record of the log.
+func (r *recovery) replay(rec commitlog.Record) error {
+	if rec.Kind == commitlog.KindGroup {
+		return splitGroup(rec.Payload, func(h commitlog.Header, off int64, body []byte) error {
+			part := rec
+			part.Header = h
+			return r.replayOne(part, off, body, uint64(rec.LSN))
+		})
+	}
+	return r.replayOne(rec, 0, rec.Payload, 0)
+}
+
+func (r *recovery) replayOne(rec commitlog.Record, off int64, body []byte, group uint64) error {
+	if rec.Kind == commitlog.KindCreate {
+		x := r.database(rec.DB, string(body))
+		if !x.hasMeta {
+			x.db.history = rec.History
+		}
+		x.saw(rec.LSN)
+		return nil
+	}
+	x := r.byID[rec.DB]
+	if x == nil {
+		if rec.AfterDamage || rec.DB == 0 {
+			return nil
+		}
+		return fmt.Errorf("log record %d is of database %d, which nothing names: %w", rec.LSN, rec.DB, errBadRecord)
+	}
+	x.saw(rec.LSN)
+	switch rec.Kind {
+	case commitlog.KindLTX, commitlog.KindReference:
+		e, err := x.db.parseEntry(rec, off, body)
+		if err != nil {
+			return fmt.Errorf("log record %d: %w", rec.LSN, err)
+		}
+		e.group = group
+		x.add(e, rec.AfterDamage)
+	case commitlog.KindAbort:
+		if len(body) != 8 {
+			return errBadRecord
+		}
+		target := commitlog.LSN(binary.BigEndian.Uint64(body))
+		if n := len(x.logged); n > 0 && x.logged[n-1].lsn == target {
+			x.logged = x.logged[:n-1]
+		}
+	case commitlog.KindAcked:
+		if len(body) != 16 {
+			return errBadRecord
+		}
+		x.db.recs.acked = ltx.Pos{
+			TXID:              ltx.TXID(binary.BigEndian.Uint64(body)),
+			PostApplyChecksum: ltx.Checksum(binary.BigEndian.Uint64(body[8:])),
+		}
+	case commitlog.KindSent:
+		if len(body) != 8 {
+			return errBadRecord
+		}
+		x.db.recs.mark = ltx.TXID(binary.BigEndian.Uint64(body))
+	}
+	return nil
+}
+
+func (x *recovering) saw(lsn commitlog.LSN) {
+	x.db.last = lsn
+	if x.firstN == 0 && lsn > x.meta.LSN {
+		x.firstN = lsn
+	}
+}
+
+func (x *recovering) add(e entry, afterDamage bool) {
+	if n := len(x.logged); n > 0 && !e.full {
+		if last := x.logged[n-1]; last.max+1 != e.min || last.post != e.pre {
+			x.damaged = fmt.Errorf("the log has %s after %s", ltx.Pos{TXID: e.min}, ltx.Pos{TXID: last.max, PostApplyChecksum: last.post})
+			if !afterDamage {
+				return
+			}
+		}
+	}
+	x.logged = append(x.logged, e)
+}
+
+// parseEntry describes an LTX or reference record.
+func (db *DB) parseEntry(rec commitlog.Record, off int64, body []byte) (entry, error) {
+	var h ltx.Header
+	var e entry
+	if len(body) < ltx.HeaderSize+ltx.TrailerSize {
+		return e, errBadRecord
+	}
+	if err := h.UnmarshalBinary(body[:ltx.HeaderSize]); err != nil {
+		return e, err
+	}
+	post := body[len(body)-ltx.TrailerSize:]
+	size := int64(len(body))
+	if rec.Kind == commitlog.KindReference {
+		if len(body) != referenceSize {
+			return e, errBadRecord
+		}
+		post = body[ltx.HeaderSize:]
+		size = int64(binary.BigEndian.Uint64(body[ltx.HeaderSize+ltx.TrailerSize:]))
+		e.path = path.Join(db.dir, fmt.Sprintf("%016x", rec.History), "0", ltx.FormatFilename(h.MinTXID, h.MaxTXID))
+	}
+	e.fill(h, ltx.Checksum(binary.BigEndian.Uint64(post)), size)
+	e.full = e.full || rec.Flags&flagFull != 0
+	e.lsn, e.ref, e.off = rec.LSN, rec.Ref, off
+	return e, nil
+}
+
+// flagFull marks a record that changes the page size or replaces everything: it
+// holds every page.
+const flagFull uint8 = 2
+
+func (e *entry) fill(h ltx.Header, post ltx.Checksum, size int64) {
+	e.min, e.max, e.pre, e.post = h.MinTXID, h.MaxTXID, h.PreApplyChecksum, post
+	e.commit, e.pageSize, e.time, e.size = h.Commit, h.PageSize, h.Timestamp, size
+	e.full = h.MinTXID == 1 || h.Commit == 0
+}
+
+// finish brings one database to its last committed transaction: its file at
+// base, then level files and log records above it.
+func (x *recovering) finish() error {
+	db := x.db
+	files, err := db.levelFiles(x.logged)
+	if err != nil {
+		return err
+	}
+	list := chainEntries(files, x.logged)
+	if m := x.meta; x.hasMeta {
+		db.metaSeq = m.Seq
+		db.base = m.base()
+		if m.LSN > db.last {
+			db.last = m.LSN
+		}
+		if db.recs.acked.TXID < m.AckedTXID {
+			db.recs.acked = ltx.Pos{TXID: m.AckedTXID, PostApplyChecksum: m.AckedSum}
+		}
+		db.recs.mark = max(db.recs.mark, m.Sent)
+	}
+	db.at = db.base
+	db.recs.list = list
+	db.dirty = x.firstN
+	for _, e := range list {
+		if e.lsn != 0 && (db.dirty == 0 || e.lsn < db.dirty) {
+			db.dirty = e.lsn
+		}
+	}
+	if err := db.replayFrom(list); err != nil {
+		x.damaged = err
+	}
+	if db.at.TXID == 0 {
+		// Created, and no transaction survived: only the id and history are known.
+		return nil
+	}
+	if x.damaged == nil {
+		x.damaged = db.checkRecovered()
+	}
+	db.applied = db.at
+	db.exists = db.at.Commit > 0
+	db.size.Store(db.at.size())
+	db.lastTime = db.recs.lastTime(x.meta.Time)
+	db.mtime.Store(db.lastTime.UnixNano())
+	if x.damaged != nil {
+		db.fenceWith(fmt.Errorf("recovery: %w", x.damaged))
+	}
+	if !db.exists {
+		return nil
+	}
+	return db.st.place(db)
+}
+
+// place shows a database at the mount.
+func (st *Store) place(db *DB) error {
+	f := db.file
+	f.isDB.Store(true)
+	f.db.Store(db)
+	if d := path.Dir(db.name); d != "." {
+		if err := disk.MkdirAll(st.fs, path.Join(filesDir, d), 0o770); err != nil {
+			return fmt.Errorf("make folder %s: %w", d, err)
+		}
+	}
+	// What it grew from, when the agent stopped before it was removed.
+	if err := st.fs.Remove(path.Join(filesDir, db.name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("%s: remove the file it grew from: %w", db.name, err)
+	}
+	st.nsMu.Lock()
+	st.files[db.name] = f
+	st.nsMu.Unlock()
+	return nil
+}
+
+// levelFiles lists the level files of the present history, and removes what a
+// crash left of unfinished ones.
+func (db *DB) levelFiles(logged []entry) ([]entry, error) {
+	root := path.Join(db.dir, fmt.Sprintf("%016x", db.history))
+	levels, err := db.st.fs.ReadDir(root)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var list []entry
+	for _, l := range levels {
+		if _, err := strconv.Atoi(l.Name()); err != nil {
+			continue
+		}
+		names, err := db.st.fs.ReadDir(path.Join(root, l.Name()))
+		if err != nil {
+			return nil, err
+		}
+		for _, n := range names {
+			name := path.Join(root, l.Name(), n.Name())
+			if slices.ContainsFunc(logged, func(e entry) bool { return e.path == name }) {
+				continue
+			}
+			e, err := db.readLevelFile(name)
+			if err != nil || strings.HasSuffix(name, ".tmp") {
+				if err := db.st.fs.Remove(name); err != nil {
+					return nil, err
+				}
+				continue
+			}
+			list = append(list, e)
+		}
+	}
+	return list, nil
+}
+
+func (db *DB) readLevelFile(name string) (entry, error) {
+	f, err := db.st.fs.OpenFile(name, os.O_RDONLY, 0)
+	if err != nil {
+		return entry{}, err
+	}
+	defer f.Close()
+	size, err := f.Size()
+	if err != nil {
+		return entry{}, err
+	}
+	if size < ltx.HeaderSize+ltx.TrailerSize {
+		return entry{}, io.ErrUnexpectedEOF
+	}
+	h, err := ltx.ReadHeader(f)
+	if err != nil {
+		return entry{}, err
+	}
+	min, max, err := ltx.ParseFilename(path.Base(name))
+	if err != nil || min != h.MinTXID || max != h.MaxTXID {
+		return entry{}, fmt.Errorf("%s: name and content differ", name)
+	}
+	var tr [ltx.TrailerSize]byte
+	if _, err := f.ReadAt(tr[:], size-ltx.TrailerSize); err != nil && err != io.EOF {
+		return entry{}, err
+	}
+	e := entry{path: name}
+	e.fill(h, ltx.Checksum(binary.BigEndian.Uint64(tr[:])), size)
+	return e, nil
+}
+
+// chainEntries joins level files and log records to one ascending history
+// without gaps, and leaves out files that a larger one covers.
+func chainEntries(files, logged []entry) []entry {
+	slices.SortFunc(files, func(a, b entry) int {
+		switch {
+		case a.min != b.min:
+			return int(int64(a.min) - int64(b.min))
+		case a.max > b.max:
+			return -1
+		}
+		return 1
+	})
+	var list []entry
+	add := func(e entry) {
+		n := len(list)
+		switch {
+		case n > 0 && e.max <= list[n-1].max:
+			return
+		case n > 0 && (e.min != list[n-1].max+1 || e.pre != list[n-1].post && !e.full):
+			list = list[:0] // a gap: only what follows it can be shipped
+		}
+		list = append(list, e)
+	}
+	for _, e := range files {
+		if len(logged) > 0 && e.max >= logged[0].min {
+			// The log has it, or a crash came before the index forgot the log's.
+			if e.min >= logged[0].min {
+				continue
+			}
+		}
+		add(e)
+	}
+	for _, e := range logged {
+		add(e)
+	}
+	return list
+}
+
+// replayFrom applies the records above base to the files (invariant 3 holds: the
+// log was made durable when it was opened).
+func (db *DB) replayFrom(list []entry) error {
+	for _, e := range list {
+		if e.max <= db.at.TXID {
+			continue
+		}
+		if e.min > db.at.TXID+1 && !e.full {
+			return fmt.Errorf("records %s to %s are missing", db.at.TXID+1, e.min-1)
+		}
+		if err := db.replayEntry(e); err != nil {
+			return fmt.Errorf("apply %s-%s: %w", e.min, e.max, err)
+		}
+	}
+	return nil
+}
+
+func (db *DB) replayEntry(e entry) error {
+	r, err := db.st.openRecord(e)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	files, err := db.openFiles(true)
+	if err != nil {
+		return err
+	}
+	dec := ltx.NewDecoder(r)
+	h, err := dec.DecodeHeader()
+	if err != nil {
+		return err
+	}
+	if h.Commit == 0 {
+		if err := files.data.Truncate(0); err != nil {
+			return err
+		}
+	}
+	if size := db.at.size(); h.PageSize == db.at.PageSize && int64(h.Commit)*int64(h.PageSize) < size {
+		if err := files.data.Truncate(int64(h.Commit) * int64(h.PageSize)); err != nil {
+			return err
+		}
+	}
+	buf := make([]byte, h.PageSize)
+	for {
+		pgno, err := dec.DecodePage(buf)
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		if _, err := files.data.WriteAt(buf, int64(pgno-1)*int64(h.PageSize)); err != nil {
+			return err
+		}
+		var b [sumSize]byte
+		binary.BigEndian.PutUint64(b[:], uint64(ltx.PageChecksumFromCRC(pgno, h.PageSize, dec.PageCRC())))
+		if _, err := files.sums.WriteAt(b[:], int64(pgno-1)*sumSize); err != nil {
+			return err
+		}
+	}
+	if err := dec.Close(); err != nil {
+		return err
+	}
+	db.at = position{ltx.Pos{TXID: e.max, PostApplyChecksum: e.post}, h.PageSize, h.Commit}
+	return nil
+}
+
+// checkRecovered truncates the file to the committed size and compares the
+// checksum of all pages with that of the last transaction.
+func (db *DB) checkRecovered() error {
+	if db.at.Commit == 0 {
+		return nil
+	}
+	db.onDisk.Store(true)
+	files, err := db.openFiles(false)
+	if err != nil {
+		return err
+	}
+	size, err := files.data.Size()
+	if err != nil {
+		return err
+	}
+	want := db.at.size()
+	if size < want && int64(ltx.LockPgno(db.at.PageSize)) != int64(db.at.Commit) {
+		return fmt.Errorf("the database file has %d bytes, not %d", size, want)
+	}
+	if size != want {
+		if err := files.data.Truncate(want); err != nil {
+			return err
+		}
+	}
+	got, err := totalSum(files.sums, db.at.PageSize, db.at.Commit)
+	if err != nil {
+		return fmt.Errorf("read checksums: %w", err)
+	}
+	if got != db.at.PostApplyChecksum {
+		return fmt.Errorf("checksum of the database is %s, its last transaction %s says %s", got, db.at.TXID, db.at.PostApplyChecksum)
+	}
+	db.mu.Lock()
+	db.closeFiles()
+	db.mu.Unlock()
+	return nil
+}

@@ -1,0 +1,200 @@
+package store
+
+import (
+	"time"
+
+	"github.com/litefs-agent/litefs-agent/internal/sqlitefile"
+)
+
+// The resolver is the one goroutine that finds out whether tentative WAL records
+// were published. It looks first 50 µs after it was asked, then with doubling
+// pauses up to 100 ms, and sleeps while nothing is tentative.
+const (
+	resolveFirst = 50 * time.Microsecond
+	resolveLast  = 100 * time.Millisecond
+)
+
+// walWriteLock is the byte of WAL_WRITE_LOCK in the wal-index. Source: SQLite's
+// WAL format page, "WAL locks".
+const walWriteLock = 120
+
+// resolveSoon asks the resolver to look at a database. It never blocks.
+func (st *Store) resolveSoon(db *DB) {
+	st.resolveMu.Lock()
+	if st.resolving == nil {
+		st.resolving = make(map[*DB]struct{})
+	}
+	st.resolving[db] = struct{}{}
+	st.resolveMu.Unlock()
+	select {
+	case st.resolveKick <- struct{}{}:
+	default:
+	}
+}
+
+func (st *Store) resolveLoop() {
+	defer st.wg.Done()
+	timer := time.NewTimer(time.Hour)
+	timer.Stop()
+	pause := resolveFirst
+	var started time.Time
+	for {
+		select {
+		case <-st.done:
+			return
+		case <-st.resolveKick:
+			pause, started = resolveFirst, time.Now()
+		case <-timer.C:
+			if st.resolveAll(time.Since(started) > resolveLast) == 0 {
+				continue
+			}
+			pause = min(2*pause, resolveLast)
+		}
+		timer.Reset(pause)
+	}
+}
+
+// resolveAll looks at every database that is waiting, and returns how many still
+// are.
+func (st *Store) resolveAll(force bool) int {
+	st.resolveMu.Lock()
+	list := make([]*DB, 0, len(st.resolving))
+	for db := range st.resolving {
+		list = append(list, db)
+	}
+	st.resolveMu.Unlock()
+	left := 0
+	for _, db := range list {
+		if !db.resolve(force) {
+			left++
+			continue
+		}
+		st.resolveMu.Lock()
+		delete(st.resolving, db)
+		st.resolveMu.Unlock()
+		// A record that came between the look and the removal asked again.
+		db.mu.Lock()
+		again := db.pend != nil && db.pend.wal
+		db.mu.Unlock()
+		if again {
+			st.resolveMu.Lock()
+			st.resolving[db] = struct{}{}
+			st.resolveMu.Unlock()
+			left++
+		}
+	}
+	return left
+}
+
+// resolve looks once whether the tentative record of db was published, and
+// reports whether nothing is tentative any more. With force, a record that
+// nobody is publishing (the write lock is free) is taken back.
+func (db *DB) resolve(force bool) bool {
+	db.mu.Lock()
+	p, w := db.pend, db.wal
+	if p == nil || !p.wal || w == nil {
+		db.mu.Unlock()
+		return true
+	}
+	db.mu.Unlock()
+	peer := db.st.peer()
+	shm := db.file.shmNode()
+	if peer == nil || shm == nil {
+		return db.settleAs(p, true)
+	}
+	switch db.published(peer, shm, p, w) {
+	case yes:
+		return db.settleAs(p, true)
+	case unknown:
+		return false
+	}
+	if !force {
+		return false
+	}
+	ok, err := peer.LockShm(shm, walWriteLock, 1)
+	if err != nil || !ok {
+		return false // the writer lives: it publishes, or gives up
+	}
+	defer func() { _ = peer.UnlockShm(shm, walWriteLock, 1) }()
+	if db.published(peer, shm, p, w) == yes {
+		return db.settleAs(p, true)
+	}
+	return db.settleAs(p, false)
+}
+
+type answer int
+
+const (
+	unknown answer = iota
+	yes
+	no
+)
+
+// published compares the wal-index with the record.
+func (db *DB) published(peer Peer, shm Node, p *pending, w *walState) answer {
+	var b [sqlitefile.WALIndexHeaderSize]byte
+	n, err := peer.ReadShm(shm, b[:], 0)
+	if err != nil || n < len(b) {
+		return no
+	}
+	h, ok := sqlitefile.ParseWALIndex(b[:])
+	if !ok {
+		return unknown
+	}
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	if db.pend != p || !w.valid {
+		return unknown
+	}
+	if h.Salt1 == w.header.Salt1 && h.Salt2 == w.header.Salt2 && h.MxFrame >= p.walFrame {
+		return yes
+	}
+	return no
+}
+
+// settleAs confirms or refutes p if it is still the tentative record. A refuted
+// record's frames are made unreadable, so that a later recovery of the WAL does
+// not find a commit that was taken back.
+func (db *DB) settleAs(p *pending, committed bool) bool {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	w := db.wal
+	if db.pend != p || w == nil {
+		return db.pend == nil
+	}
+	if committed {
+		db.confirmWAL(w, p)
+		return true
+	}
+	start, end := p.walStart, p.walEnd
+	if err := db.refuteTentative(w, p); err != nil {
+		return true
+	}
+	zero := make([]byte, sqlitefile.FrameHeaderSize)
+	for at := start; at < end; at += w.frameSize() {
+		_ = w.data.WriteAt(zero, at, nil)
+	}
+	node := w.node
+	db.st.later(func(p Peer) { p.InvalidateData(node, start, end-start) })
+	return true
+}
+
+// settle waits until nothing of the database is tentative, so that what a
+// program knows to be committed shows. A prepared rollback transaction is not
+// waited for: its COMMIT has not returned.
+func (db *DB) settle() {
+	for {
+		db.mu.Lock()
+		p, ch := db.pend, db.resolved
+		db.mu.Unlock()
+		if p == nil || !p.wal {
+			return
+		}
+		db.st.resolveSoon(db)
+		select {
+		case <-ch:
+		case <-db.st.done:
+			return
+		}
+	}
+}

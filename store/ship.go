@@ -1,0 +1,284 @@
+package store
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	"github.com/litefs-agent/litefs-agent/internal/commitlog"
+	"github.com/litefs-agent/litefs-agent/internal/disk"
+	"github.com/litefs-agent/litefs-agent/ltx"
+)
+
+// Errors of Next.
+var (
+	// ErrNothing: there is no durable, confirmed record after that position.
+	ErrNothing = errors.New("nothing to ship")
+	// ErrGap: the records after that position are not kept any more, or the
+	// position is not one of this history: a snapshot is needed.
+	ErrGap = errors.New("records after that position are gone")
+)
+
+// A Shipment is a record to be sent: one transaction, or a compacted run.
+type Shipment struct {
+	Name      string
+	History   uint64
+	Epoch     Epoch
+	Min, Max  ltx.TXID
+	Pre, Post ltx.Checksum
+	Time      time.Time
+	Commit    uint32
+	PageSize  uint32
+	Full      bool // holds every page
+	Records   int  // how many were compacted into it
+	Size      int64
+	Body      io.ReadCloser // the LTX bytes
+}
+
+// Pos is the position after the shipment.
+func (s *Shipment) Pos() ltx.Pos { return ltx.Pos{TXID: s.Max, PostApplyChecksum: s.Post} }
+
+// sentStep is how far the durable sent mark runs ahead of what is sent, so that
+// it does not cost a flush a record.
+const sentStep = 256
+
+// Next returns what follows position after: a single transaction, or, if at least
+// compactFrom records wait, those up to limit bytes as one. Only what is durable
+// here and confirmed is shipped (invariant 5).
+func (db *DB) Next(after ltx.Pos, compactFrom int, limit int64) (*Shipment, error) {
+	db.mu.Lock()
+	list, err := db.shippable(after)
+	history, epoch := db.history, db.epoch
+	db.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	n := 1
+	if compactFrom > 0 && len(list) >= compactFrom {
+		size := list[0].size
+		for n < len(list) && size+list[n].size <= limit {
+			size += list[n].size
+			n++
+		}
+	}
+	if err := db.markSent(list[n-1].max); err != nil {
+		return nil, err
+	}
+	s := &Shipment{
+		Name: db.name, History: history, Epoch: epoch,
+		Min: list[0].min, Max: list[n-1].max, Pre: list[0].pre, Post: list[n-1].post,
+		Time: time.UnixMilli(list[n-1].time), Commit: list[n-1].commit, PageSize: list[n-1].pageSize,
+		Records: n, Size: list[0].size,
+	}
+	for _, e := range list[:n] {
+		s.Full = s.Full || e.full
+	}
+	if n == 1 {
+		s.Body, err = db.st.openRecord(list[0])
+		return s, err
+	}
+	return s, db.compactBody(s, list[:n])
+}
+
+// shippable returns the durable records after a position. db.mu is held.
+func (db *DB) shippable(after ltx.Pos) ([]entry, error) {
+	list := db.recs.list
+	if after.TXID >= db.at.TXID {
+		if after.TXID > db.at.TXID || after != db.at.Pos {
+			return nil, ErrGap
+		}
+		return nil, ErrNothing
+	}
+	i := db.recs.after(after.TXID)
+	if i == len(list) {
+		return nil, ErrGap
+	}
+	if e := list[i]; e.min != after.TXID+1 || e.pre != after.PostApplyChecksum && e.min != 1 {
+		return nil, ErrGap
+	}
+	durable := db.st.wlog.Durable()
+	n := i
+	for n < len(list) && list[n].lsn <= durable {
+		n++
+	}
+	if n == i {
+		return nil, ErrNothing
+	}
+	return slices.Clone(list[i:n]), nil
+}
+
+// compactBody makes the shipment of several records, in memory while it is
+// small, else in a temporary file.
+func (db *DB) compactBody(s *Shipment, list []entry) error {
+	var total int64
+	for _, e := range list {
+		total += e.size
+	}
+	if total <= db.st.opt.Large {
+		var b bytes.Buffer
+		if _, err := db.compact(&b, list); err != nil {
+			return fmt.Errorf("%s: compact %s-%s: %w", db.name, s.Min, s.Max, err)
+		}
+		s.Size, s.Body = int64(b.Len()), io.NopCloser(&b)
+		return nil
+	}
+	f, err := db.st.fs.CreateTemp(".")
+	if err != nil {
+		return err
+	}
+	out := &offsetWriter{w: f, buf: make([]byte, 0, offsetWriterSize)}
+	if _, err = db.compact(out, list); err == nil {
+		err = out.flush()
+	}
+	if err != nil {
+		_ = f.Close()
+		return fmt.Errorf("%s: compact %s-%s: %w", db.name, s.Min, s.Max, err)
+	}
+	s.Size, s.Body = out.off, fileBody(f, out.off)
+	return nil
+}
+
+func fileBody(f disk.File, size int64) io.ReadCloser {
+	return struct {
+		io.Reader
+		io.Closer
+	}{io.NewSectionReader(f, 0, size), f}
+}
+
+// SnapshotShipment returns the whole database as one shipment that replaces
+// whatever the receiver has.
+func (db *DB) SnapshotShipment() (*Shipment, error) {
+	if !db.Exists() {
+		return db.dropShipment()
+	}
+	img, err := db.Snapshot()
+	if err != nil {
+		return nil, err
+	}
+	defer img.Close()
+	info := db.Info()
+	f, err := db.st.fs.CreateTemp(".")
+	if err != nil {
+		return nil, err
+	}
+	out := &offsetWriter{w: f, buf: make([]byte, 0, offsetWriterSize)}
+	if err = img.WriteLTX(out, info.Last.UnixMilli(), db.st.nodeHash); err == nil {
+		err = out.flush()
+	}
+	if err == nil {
+		err = db.Sync()
+	}
+	if err == nil {
+		err = db.markSent(img.Pos.TXID)
+	}
+	if err != nil {
+		_ = f.Close()
+		return nil, fmt.Errorf("%s: snapshot: %w", db.name, err)
+	}
+	return &Shipment{
+		Name: db.name, History: img.History, Epoch: img.Epoch,
+		Min: 1, Max: img.Pos.TXID, Post: img.Pos.PostApplyChecksum, Time: info.Last,
+		Commit: img.Commit, PageSize: img.PageSize, Full: true, Records: 1, Size: out.off, Body: fileBody(f, out.off),
+	}, nil
+}
+
+// dropShipment is the snapshot of a database that was dropped: nothing.
+func (db *DB) dropShipment() (*Shipment, error) {
+	info := db.Info()
+	h := ltx.Header{
+		PageSize: max(info.PageSize, 512), MinTXID: 1, MaxTXID: info.Pos.TXID,
+		Timestamp: info.Last.UnixMilli(), NodeID: db.st.nodeHash,
+	}
+	b, err := ltx.AppendFile(nil, h, nil, info.Pos.PostApplyChecksum)
+	if err != nil {
+		return nil, err
+	}
+	if err := db.Sync(); err != nil {
+		return nil, err
+	}
+	return &Shipment{
+		Name: db.name, History: info.History, Epoch: info.Epoch, Min: 1, Max: info.Pos.TXID,
+		Post: info.Pos.PostApplyChecksum, Time: info.Last, PageSize: h.PageSize, Full: true,
+		Records: 1, Size: int64(len(b)), Body: io.NopCloser(bytes.NewReader(b)),
+	}, nil
+}
+
+// markSent makes the sent mark durable before anything beyond it is handed to a
+// link: what lies up to the mark is never compacted across.
+func (db *DB) markSent(txid ltx.TXID) error {
+	db.mu.Lock()
+	db.recs.sent = max(db.recs.sent, txid)
+	if txid <= db.recs.mark {
+		db.mu.Unlock()
+		return nil
+	}
+	var b [8]byte
+	mark := txid + sentStep
+	binary.BigEndian.PutUint64(b[:], uint64(mark))
+	lsn, _, err := db.st.wlog.Append(db.header(commitlog.KindSent, 0), commitlog.Staged, b[:])
+	if err == nil {
+		db.lastAny = lsn
+		db.markDirty(lsn)
+	}
+	db.mu.Unlock()
+	if err == nil {
+		err = db.st.wlog.Wait(lsn)
+	}
+	if err != nil {
+		return fmt.Errorf("%s: make the sent mark durable: %w", db.name, err)
+	}
+	db.mu.Lock()
+	db.recs.mark = max(db.recs.mark, mark)
+	db.mu.Unlock()
+	return nil
+}
+
+// SetAcked notes what the hub confirmed to be durable there. It may go back.
+func (db *DB) SetAcked(pos ltx.Pos) error {
+	db.mu.Lock()
+	if db.recs.acked == pos || db.id == 0 {
+		db.mu.Unlock()
+		return nil
+	}
+	db.recs.acked = pos
+	var b [16]byte
+	binary.BigEndian.PutUint64(b[:], uint64(pos.TXID))
+	binary.BigEndian.PutUint64(b[8:], uint64(pos.PostApplyChecksum))
+	due := db.ackWritten+ackEvery <= pos.TXID || pos == db.at.Pos && db.st.opt.Now().Sub(db.ackTime) > time.Second
+	var err error
+	if due {
+		db.ackWritten, db.ackTime = pos.TXID, db.st.opt.Now()
+		var lsn commitlog.LSN
+		lsn, _, err = db.st.wlog.Append(db.header(commitlog.KindAcked, 0), commitlog.Lazy, b[:])
+		if err == nil {
+			db.lastAny = lsn
+			db.markDirty(lsn)
+		}
+	}
+	db.mu.Unlock()
+	db.st.notify(db)
+	return err
+}
+
+// ackEvery is how many transactions an ack record in the log stands for at most:
+// after a crash the hub is asked anyway.
+const ackEvery = 1024
+
+// Owed reports whether position pos of history is one that this database was at,
+// as far as its records say.
+func (db *DB) Owed(history uint64, pos ltx.Pos) bool {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	if history != db.history {
+		return false
+	}
+	if pos == db.at.Pos || pos.TXID == 0 {
+		return true
+	}
+	i := db.recs.after(pos.TXID)
+	return i < len(db.recs.list) && db.recs.list[i].min == pos.TXID+1 && db.recs.list[i].pre == pos.PostApplyChecksum
+}

@@ -1,0 +1,361 @@
+// Package store is the engine: it keeps SQLite databases whose every committed
+// transaction is one LTX record in one durable log (ARCHITECTURE.md). Package
+// fuse shows them at a mount, a link ships their records and brings those of
+// others. Numbers such as "invariant 13" are those of ARCHITECTURE.md.
+package store
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"io"
+	"log/slog"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/litefs-agent/litefs-agent/internal/commitlog"
+	"github.com/litefs-agent/litefs-agent/internal/disk"
+	"github.com/litefs-agent/litefs-agent/internal/sparse"
+	"github.com/litefs-agent/litefs-agent/ltx"
+)
+
+// A Store keeps the databases of one node or hub. It is safe for concurrent use.
+type Store struct {
+	opt      Options
+	fs       disk.FS
+	log      *slog.Logger
+	wlog     *commitlog.Log
+	pool     *sparse.Pool
+	inos     *inodes
+	root     *dir
+	nodeHash uint64
+
+	ringTarget int
+
+	nsMu   sync.RWMutex // guards the names; taken after DB.mu
+	files  map[string]*file
+	sides  map[string]*sideFile
+	dirs   map[string]*dir
+	byName map[string]*DB
+	byID   map[uint32]*DB
+	lastID uint32
+
+	computedMu sync.Mutex
+	computed   map[string]*computed
+
+	peerPtr atomic.Pointer[Peer]
+
+	resolveMu   sync.Mutex // guards resolving
+	resolving   map[*DB]struct{}
+	resolveKick chan struct{}
+
+	flushListMu  sync.Mutex // guards flushList
+	flushList    map[*DB]struct{}
+	flushKick    chan struct{}
+	flushArm     chan struct{}
+	flushArmed   atomic.Bool
+	sinceLook    atomic.Int64 // bytes appended to the log since the flusher looked
+	checkpointMu sync.Mutex   // one checkpoint at a time
+
+	laterMu   sync.Mutex // guards laterList
+	laterList []func(Peer)
+	laterKick chan struct{}
+
+	watchMu  sync.Mutex // guards watchers
+	watchers []func(*DB)
+
+	txN      atomic.Int64 // transactions confirmed since Open
+	freeLeft atomic.Int64 // bytes of the data folder that may be promised without asking again
+	freeAt   atomic.Int64 // when that was asked, unix nanoseconds
+
+	closeOnce sync.Once
+	closeErr  error
+	done      chan struct{}
+	wg        sync.WaitGroup
+}
+
+const logDir = "log"
+
+// flags of log records.
+const flagTentative uint8 = 1
+
+var errNameTooLong = syscall.ENAMETOOLONG
+
+// Open recovers the store in the data folder. When it returns every database is
+// at its last committed transaction, and no journal, WAL or wal-index of an
+// earlier life exists (invariant 24).
+func Open(opt Options) (*Store, error) {
+	opt = opt.withDefaults()
+	st := &Store{
+		opt: opt, fs: opt.FS, log: opt.Logger,
+		files: make(map[string]*file), sides: make(map[string]*sideFile), dirs: make(map[string]*dir),
+		byName: make(map[string]*DB), byID: make(map[uint32]*DB),
+		computed:    make(map[string]*computed),
+		resolveKick: make(chan struct{}, 1), flushKick: make(chan struct{}, 1),
+		flushArm: make(chan struct{}, 1), laterKick: make(chan struct{}, 1),
+		flushList: make(map[*DB]struct{}), done: make(chan struct{}),
+	}
+	h := fnv.New64a()
+	_, _ = io.WriteString(h, opt.Node)
+	st.nodeHash = h.Sum64()
+	st.pool = sparse.NewPool(opt.Memory, func() (disk.File, error) { return st.fs.CreateTemp(".") })
+	st.ringTarget = int(max(4, min(16, opt.Budget/4/opt.SegmentSize)))
+	for _, d := range []string{dbsDir, filesDir} {
+		if err := disk.MkdirAll(st.fs, d, 0o700); err != nil {
+			return nil, fmt.Errorf("make %s in the data folder: %w", d, err)
+		}
+	}
+	var err error
+	if st.inos, err = openInodes(st.fs); err != nil {
+		return nil, err
+	}
+	st.root = st.dirLocked("")
+	if err := st.recover(); err != nil {
+		if st.wlog != nil {
+			_ = st.wlog.Close()
+		}
+		return nil, err
+	}
+	st.wg.Add(3)
+	go st.resolveLoop()
+	go st.flushLoop()
+	go st.laterLoop()
+	return st, nil
+}
+
+// Close waits for nothing that programs may still do: the mount is gone. It
+// applies what is committed and moves every base, so that the next start has
+// nothing to do.
+func (st *Store) Close() error {
+	st.closeOnce.Do(func() {
+		close(st.done)
+		st.wg.Wait()
+		var list []*DB
+		for _, db := range st.all() {
+			db.mu.Lock()
+			if p := db.pend; p != nil && p.wal && db.wal != nil {
+				db.confirmWAL(db.wal, p) // as recovery would decide
+			}
+			if w := db.wal; w != nil && len(w.pages) > 0 {
+				if err := db.resetWAL(w, true); err != nil {
+					st.closeErr = errors.Join(st.closeErr, err)
+				}
+			}
+			if db.dirty != 0 {
+				list = append(list, db)
+			}
+			db.mu.Unlock()
+		}
+		err := st.moveBases(list, 0)
+		st.closeErr = errors.Join(st.closeErr, err, st.wlog.Close())
+		for _, db := range st.all() {
+			db.mu.Lock()
+			db.closeFiles()
+			db.mu.Unlock()
+		}
+	})
+	return st.closeErr
+}
+
+// all returns every database that has an id, by id.
+func (st *Store) all() []*DB {
+	st.nsMu.RLock()
+	defer st.nsMu.RUnlock()
+	list := make([]*DB, 0, len(st.byID))
+	for _, db := range st.byID {
+		list = append(list, db)
+	}
+	slices.SortFunc(list, func(a, b *DB) int { return int(int64(a.id) - int64(b.id)) })
+	return list
+}
+
+// DBs returns every database that has a history here, dropped ones included,
+// by name.
+func (st *Store) DBs() []*DB {
+	st.nsMu.RLock()
+	var look []*file
+	for _, f := range st.files {
+		f.mu.Lock()
+		if f.candidate {
+			look = append(look, f)
+		}
+		f.mu.Unlock()
+	}
+	st.nsMu.RUnlock()
+	for _, f := range look {
+		st.adoptIfCandidate(f)
+	}
+	list := st.all()
+	list = slices.DeleteFunc(list, func(db *DB) bool { return db.Info().Pos.IsZero() })
+	slices.SortFunc(list, func(a, b *DB) int {
+		if a.name < b.name {
+			return -1
+		}
+		return 1
+	})
+	return list
+}
+
+// DB returns the database of a name, nil if there is none with a history.
+func (st *Store) DB(name string) *DB {
+	st.nsMu.RLock()
+	f := st.files[name]
+	st.nsMu.RUnlock()
+	if f != nil {
+		st.adoptIfCandidate(f)
+	}
+	st.nsMu.RLock()
+	db := st.byName[name]
+	st.nsMu.RUnlock()
+	if db == nil || db.Info().Pos.IsZero() {
+		return nil
+	}
+	return db
+}
+
+// Exists reports whether the database is there, not dropped.
+func (db *DB) Exists() bool {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	return db.exists
+}
+
+func (st *Store) newID(db *DB) uint32 {
+	st.nsMu.Lock()
+	defer st.nsMu.Unlock()
+	st.lastID++
+	st.byID[st.lastID] = db
+	st.byName[db.name] = db
+	return st.lastID
+}
+
+func (st *Store) random() uint64 {
+	var b [8]byte
+	for {
+		if _, err := io.ReadFull(st.opt.Rand, b[:]); err != nil {
+			panic("store: no random bytes: " + err.Error())
+		}
+		if n := binary.BigEndian.Uint64(b[:]); n != 0 {
+			return n
+		}
+	}
+}
+
+// Watch calls fn after each confirmed transaction and whenever more of the log
+// became durable (then with nil). fn must not block and must not call the store.
+func (st *Store) Watch(fn func(*DB)) {
+	st.watchMu.Lock()
+	defer st.watchMu.Unlock()
+	st.watchers = append(slices.Clone(st.watchers), fn)
+}
+
+func (st *Store) notify(db *DB) {
+	st.watchMu.Lock()
+	list := st.watchers
+	st.watchMu.Unlock()
+	for _, fn := range list {
+		fn(db)
+	}
+}
+
+func (st *Store) committed(db *DB) {
+	st.txN.Add(1)
+	st.notify(db)
+}
+
+// later runs fn with the mount, outside of requests and without locks.
+func (st *Store) later(fn func(Peer)) {
+	if st.peer() == nil {
+		return
+	}
+	st.laterMu.Lock()
+	st.laterList = append(st.laterList, fn)
+	st.laterMu.Unlock()
+	select {
+	case st.laterKick <- struct{}{}:
+	default:
+	}
+}
+
+func (st *Store) laterLoop() {
+	defer st.wg.Done()
+	for {
+		select {
+		case <-st.done:
+			return
+		case <-st.laterKick:
+		}
+		st.laterMu.Lock()
+		list := st.laterList
+		st.laterList = nil
+		st.laterMu.Unlock()
+		for _, fn := range list {
+			if p := st.peer(); p != nil {
+				fn(p)
+			}
+		}
+	}
+}
+
+// after runs fn once after d, unless the store is closed before.
+func (st *Store) after(d time.Duration, fn func()) {
+	time.AfterFunc(d, func() {
+		select {
+		case <-st.done:
+		default:
+			fn()
+		}
+	})
+}
+
+// needFree fails with ENOSPC unless n bytes, and a margin for the log, are free.
+func (st *Store) needFree(n int64) error {
+	if n <= 0 {
+		return nil
+	}
+	const margin = 1 << 20
+	now := time.Now().UnixNano()
+	if st.freeLeft.Add(-n) > 0 && now-st.freeAt.Load() < int64(time.Second) {
+		return nil
+	}
+	free, err := st.fs.Free()
+	if err != nil {
+		return err
+	}
+	st.freeAt.Store(now)
+	st.freeLeft.Store((free - margin - n) / 2)
+	if free < n+margin {
+		return fmt.Errorf("%w: %d bytes free in the data folder, %d needed", syscall.ENOSPC, free, n+margin)
+	}
+	return nil
+}
+
+// Stats are counters since Open.
+type Stats struct {
+	Transactions int64
+	Fdatasyncs   uint64 // of the log
+	LogBytes     uint64
+	Memory       int64 // bytes of overlays, journals, WALs
+}
+
+// Stats returns the counters.
+func (st *Store) Stats() Stats {
+	l := st.wlog.Stats()
+	return Stats{Transactions: st.txN.Load(), Fdatasyncs: l.Fdatasyncs, LogBytes: l.BytesWritten, Memory: st.pool.Used()}
+}
+
+// Durable reports whether everything up to the present position of db is on the
+// disk; Sync makes it so.
+func (db *DB) Sync() error {
+	db.mu.Lock()
+	lsn := db.last
+	db.mu.Unlock()
+	return db.st.wlog.Wait(lsn)
+}
+
+// PosString is a position as the files at the mount show it.
+func PosString(p ltx.Pos) string { return p.String() }
