@@ -88,7 +88,7 @@ func (l *Log) findSegments() ([]found, error) {
 		return nil, err
 	}
 	var valid []found
-	page := make([]byte, pageSize)
+	page := disk.AlignedBuffer(pageSize, pageSize)
 	for _, entry := range list {
 		id, ext, ok := parseSlotName(entry.Name())
 		if !ok {
@@ -107,11 +107,9 @@ func (l *Log) findSegments() ([]found, error) {
 		if s.size, err = f.Size(); err != nil {
 			return nil, err
 		}
-		n, err := f.ReadAt(page, 0)
-		if err != nil && err != io.EOF {
+		if err := l.readHeader(s, page); err != nil {
 			return nil, fmt.Errorf("read %s: %w", entry.Name(), err)
 		}
-		clear(page[n:])
 		h, err := decodeSegHeader(page)
 		switch {
 		case err == nil:
@@ -139,6 +137,26 @@ func (l *Log) findSegments() ([]found, error) {
 	l.nextSeq++
 	slices.SortFunc(valid, func(a, b found) int { return compare(a.hdr.seq, b.hdr.seq) })
 	return valid, nil
+}
+
+// readHeader fills page with the header page, zeros beyond the end of the file.
+// It reads past the page cache where that works, for the reason given at read.
+func (l *Log) readHeader(s *slot, page []byte) error {
+	f := s.f
+	l.openDirect(s)
+	if s.direct != nil {
+		f = s.direct
+		defer func() {
+			s.direct.Close()
+			s.direct = nil
+		}()
+	}
+	n, err := f.ReadAt(page, 0)
+	if err != nil && err != io.EOF {
+		return err
+	}
+	clear(page[n:])
+	return nil
 }
 
 func allZero(p []byte) bool {

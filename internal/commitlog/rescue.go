@@ -2,6 +2,7 @@ package commitlog
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/litefs-agent/litefs-agent/internal/disk"
 )
@@ -29,6 +30,27 @@ func (l *Log) tryRescueLocked() error {
 	if err != nil {
 		return err
 	}
+	// A released segment gets our records before our header, so its own header
+	// goes first, or recovery would read them by it. What is missing below all
+	// others was released: older spares must not stay.
+	for i := 0; i < len(l.free) && s.seq.Load() != 0; {
+		older := l.free[i]
+		if at := max(older.seq.Load(), older.was); at == 0 || at > s.seq.Load() {
+			i++
+			continue
+		}
+		l.free = slices.Delete(slices.Clone(l.free), i, i+1)
+		l.mu.Unlock()
+		err := l.removeFile(older)
+		l.mu.Lock()
+		if err != nil {
+			return err
+		}
+		l.rmu.Lock()
+		delete(l.slots, older.id)
+		l.rmu.Unlock()
+		i = 0
+	}
 	old := l.cur()
 	h, err := l.newHeader(l.Durable() + 1)
 	if err != nil {
@@ -46,8 +68,6 @@ func (l *Log) tryRescueLocked() error {
 	l.mu.Unlock()
 	// The header comes last: until it is durable a killed process finds the
 	// records in the old file's page cache (invariant 1).
-	// A released segment's header goes first, or recovery would read our records
-	// by it.
 	if s.seq.Load() != 0 {
 		s.seq.Store(0)
 		if err = writeFull(s.f, zeros[:pageSize], 0); err == nil {

@@ -31,6 +31,7 @@ type slot struct {
 	direct  disk.File     // of the current segment, if direct I/O works; guarded by Log.mu
 	seq     atomic.Uint64 // of the segment in it, 0 while it is none; readers look before and after
 	discard bool          // not to be reused; guarded by Log.mu
+	was     uint64        // seq that the file may still bear on the disk when seq is 0; guarded by Log.mu
 }
 
 // segment is a slot in use.
@@ -191,6 +192,7 @@ func (l *Log) startSegmentLocked(s *slot) error {
 		return err
 	}
 	l.closedSeg = true
+	s.was = s.seq.Load()
 	l.mu.Unlock()
 	err = l.writeHeader(s, h)
 	if err == nil {
@@ -198,7 +200,8 @@ func (l *Log) startSegmentLocked(s *slot) error {
 	}
 	l.mu.Lock()
 	if err != nil {
-		l.dropSlotLocked(s)
+		s.discard = true
+		l.free = append(l.free, s)
 		return fmt.Errorf("start log segment: %w", err)
 	}
 	l.setCurrentLocked(s, h)
@@ -223,6 +226,7 @@ func (l *Log) setCurrentLocked(s *slot, h segHeader) {
 	l.segs = append(l.segs, &segment{slot: s, hdr: h})
 	l.rmu.Unlock()
 	s.seq.Store(h.seq)
+	s.was = 0
 	l.block = pageSize
 	if s.direct != nil {
 		l.block = int64(l.o.FS.BlockSize())

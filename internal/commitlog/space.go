@@ -128,7 +128,7 @@ func (l *Log) trimLocked() {
 		good := l.goodLocked()
 		many := good > max(1, l.sparesLocked()) && len(l.segs)+good > l.o.Target
 		i := slices.IndexFunc(l.free, func(s *slot) bool {
-			return s.seq.Load() < l.cur().hdr.oldest && (s.discard || many)
+			return max(s.seq.Load(), s.was) < l.cur().hdr.oldest && (s.discard || many)
 		})
 		if i < 0 {
 			return
