@@ -47,6 +47,7 @@ func Run(t *testing.T, c Carrier) {
 		{"idle", testIdle},
 		{"cancel", testCancel},
 		{"close", testClose},
+		{"close before a full queue", testCloseFull},
 		{"close at any moment", testCloseAnytime},
 		{"bye", testBye},
 		{"hub stops", testStop},
@@ -480,6 +481,24 @@ func testClose(t *testing.T, c Carrier) {
 		}
 		if err := b.Send(ctx, record(1, 1)); !errors.Is(err, transport.ErrEnded) {
 			t.Errorf("%s: send to who closed: %v, want ended", side, err)
+		}
+		b.Close()
+	}
+}
+
+// testCloseFull: Close cannot deliver what the other end does not take, but the
+// other end learns of it all the same, long before DeadAfter.
+func testCloseFull(t *testing.T, c Carrier) {
+	for _, side := range []string{"node", "hub"} {
+		a, b := connect(t, c, transport.Config{DeadAfter: time.Hour, CloseGrace: 50 * time.Millisecond}, nil)
+		if side == "hub" {
+			a, b = b, a
+		}
+		sent := fill(t, a, 100_000)
+		a.Close()
+		n, err := recvRecords(within(t, patience), b, sent+1)
+		if !errors.Is(err, transport.ErrLost) && !errors.Is(err, transport.ErrEnded) {
+			t.Errorf("%s closed: the other got %d of %d records and %v, want lost or ended", side, n, sent, err)
 		}
 		b.Close()
 	}

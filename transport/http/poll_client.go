@@ -8,6 +8,7 @@ import (
 	"io"
 	nethttp "net/http"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"github.com/litefs-agent/litefs-agent/transport"
@@ -43,7 +44,9 @@ func (d *Dialer) dialPoll(dialCtx context.Context, k *cutter, frame []byte) (_ t
 		return nil, nil, fmt.Errorf("read welcome: %w", err)
 	}
 	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 1)) // so that the connection is used again
-	pipe := &pollClient{d: d, cut: k, rt: rt, path: pathSession + "/" + resp.Header.Get(headerSession)}
+	id := resp.Header.Get(headerSession)
+	pipe := &pollClient{d: d, cut: k, rt: rt, path: pathSession + "/" + id}
+	pipe.deleted.Store(id == "") // refused, or moved: there is no session
 	pipe.ctx, pipe.cancel = context.WithCancel(context.Background())
 	return pipe, answer, nil
 }
@@ -57,7 +60,8 @@ type pollClient struct {
 	ctx    context.Context // of the pipe, not of a call: ends at Abort
 	cancel context.CancelFunc
 
-	up int64 // offset of the next byte to push; owned by the writer
+	up      int64       // offset of the next byte to push; owned by the writer
+	deleted atomic.Bool // the hub knows that nothing follows
 
 	// Owned by the reader.
 	down     int64         // offset of the next byte to read
@@ -184,17 +188,30 @@ func (p *pollClient) Read(b []byte) (int, error) {
 	}
 }
 
-func (p *pollClient) CloseWrite() error {
-	resp, done, err := p.do(nethttp.MethodDelete, "", nil)
+func (p *pollClient) CloseWrite() error { return p.delete(p.ctx) }
+
+func (p *pollClient) delete(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, p.d.opt.CloseGrace)
+	defer cancel()
+	req, err := p.d.request(ctx, nethttp.MethodDelete, p.path, nil)
 	if err != nil {
 		return err
 	}
-	defer done()
+	resp, err := p.rt.RoundTrip(req)
+	if err != nil {
+		return err
+	}
+	p.deleted.Store(true)
 	return resp.Body.Close()
 }
 
+// Abort tells the hub, which has no connection to see closed. It takes at most
+// CloseGrace.
 func (p *pollClient) Abort() {
 	p.cancel()
+	if !p.deleted.Load() {
+		_ = p.delete(context.Background()) // or the hub notices by the silence
+	}
 	p.cut.close()
 	p.rt.CloseIdleConnections()
 }
