@@ -16,8 +16,8 @@ import (
 )
 
 // runNode is the node's service.
-func runNode(context.Context, agent.Config, agent.Options) error {
-	return errors.New("mount: this build does not have the service")
+func runNode(ctx context.Context, cfg agent.Config, opts agent.Options) error {
+	return agent.Run(ctx, cfg, opts)
 }
 
 func newMount(a *app) *cobra.Command {
