@@ -4,7 +4,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/crc64"
+
+	"github.com/litefs-agent/litefs-agent/ltx"
 )
 
 // A segment file. Integers are little-endian.
@@ -70,12 +71,10 @@ const (
 var (
 	errNoHeader = errors.New("no segment header")
 	errRecord   = errors.New("no valid record")
-
-	crcTable = crc64.MakeTable(crc64.ISO)
 )
 
 // checksum continues CRC-64/ISO crc over p.
-func checksum(crc uint64, p []byte) uint64 { return crc64.Update(crc, crcTable, p) }
+func checksum(crc uint64, p []byte) uint64 { return ltx.CRC64(crc, p) }
 
 func roundUp(n, unit int64) int64 { return (n + unit - 1) &^ (unit - 1) }
 

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path"
 	"slices"
@@ -139,7 +140,7 @@ func (l *Log) takeSlotLocked() (*slot, error) {
 // newHeader draws up the header of the segment that follows the current one.
 func (l *Log) newHeader(first LSN) (segHeader, error) {
 	var salt [8]byte
-	if _, err := l.o.Rand.Read(salt[:]); err != nil {
+	if _, err := io.ReadFull(l.o.Rand, salt[:]); err != nil {
 		return segHeader{}, err
 	}
 	h := segHeader{
