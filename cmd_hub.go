@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"errors"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -52,4 +53,9 @@ func hubConfigKind() *configKind {
 		name: "hub", file: hub.ConfigFile,
 		load: func(file string, env config.LookupEnv) (loadedConfig, error) { return hub.LoadConfig(file, env) },
 	}
+}
+
+// isHex reports whether text is n lower-case hex digits.
+func isHex(text string, n int) bool {
+	return len(text) == n && strings.Trim(text, "0123456789abcdef") == ""
 }

@@ -368,8 +368,3 @@ func bytesText(n int64) string {
 	}
 	return fmt.Sprintf("%.1f%ciB", size, "KMGT"[unit-1])
 }
-
-// isHex reports whether text is n lower-case hex digits.
-func isHex(text string, n int) bool {
-	return len(text) == n && strings.Trim(text, "0123456789abcdef") == ""
-}

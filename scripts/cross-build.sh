@@ -4,8 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-limit_nohub=$((11 * 1024 * 1024)) # a Pi Zero's card and memory; what a node needs
-limit_full=$((16 * 1024 * 1024))
+limit_nohub=11000000 # a Pi Zero's card and memory; what a node needs
+limit_full=16000000
 version=${VERSION:-$(git describe --tags --always --dirty 2>/dev/null || echo unknown)}
 commit=${COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
 
