@@ -179,7 +179,7 @@ passthrough = ["/${HUB}"]`, env)
 // What 'config show' prints is a configuration that says the same.
 func TestConfigRoundTrip(t *testing.T) {
 	cfg := parseFile(t, "testdata/contract.toml", asItIs)
-	cfg.Sync.Durability = config.Durability{Within: 90}
+	cfg.Sync.Durability = config.Durability{AtLatest: 90}
 	text, err := cfg.TOML()
 	if err != nil {
 		t.Fatal(err)
