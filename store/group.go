@@ -70,7 +70,7 @@ func (st *Store) commitGroup(name string) error {
 // names the super-journal.
 func (st *Store) groupMembers(base string) []*DB {
 	var list []*DB
-	for _, db := range st.all() {
+	for _, db := range st.named() {
 		db.mu.Lock()
 		if j := db.journal; j != nil && j.armed && !j.committed && j.open {
 			if name, err := j.superJournal(); err == nil && name == base {

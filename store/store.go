@@ -11,7 +11,9 @@ import (
 	"hash/fnv"
 	"io"
 	"log/slog"
+	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -173,6 +175,15 @@ func (st *Store) all() []*DB {
 	return list
 }
 
+// named returns every database, also those without a transaction yet, by name.
+func (st *Store) named() []*DB {
+	st.nsMu.RLock()
+	defer st.nsMu.RUnlock()
+	list := slices.Collect(maps.Values(st.byName))
+	slices.SortFunc(list, func(a, b *DB) int { return strings.Compare(a.name, b.name) })
+	return list
+}
+
 // DBs returns every database that has a history here, dropped ones included,
 // by name.
 func (st *Store) DBs() []*DB {
@@ -191,12 +202,7 @@ func (st *Store) DBs() []*DB {
 	}
 	list := st.all()
 	list = slices.DeleteFunc(list, func(db *DB) bool { return db.Info().Pos.IsZero() })
-	slices.SortFunc(list, func(a, b *DB) int {
-		if a.name < b.name {
-			return -1
-		}
-		return 1
-	})
+	slices.SortFunc(list, func(a, b *DB) int { return strings.Compare(a.name, b.name) })
 	return list
 }
 
