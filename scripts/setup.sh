@@ -41,7 +41,7 @@ if [ ${#packages[@]} -gt 0 ]; then
 		exit 1
 	fi
 	echo "setup: installing ${packages[*]}" >&2
-	apt() { as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300 "$@" </dev/null >&2; }
+	apt() { as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300 "$@" </dev/null >/dev/null; }
 	# An old package list names files that are gone: fetch a new one and try again.
 	apt install -y --no-install-recommends "${packages[@]}" 2>/dev/null ||
 		{ apt update && apt install -y --no-install-recommends "${packages[@]}"; }
