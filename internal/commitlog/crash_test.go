@@ -585,3 +585,48 @@ func TestDamage(t *testing.T) {
 		}
 	}
 }
+
+// TestDamagedHeader loses the header of each segment in turn.
+func TestDamagedHeader(t *testing.T) {
+	for bad := range 4 {
+		d := simdisk.New(simdisk.Options{Seed: 5})
+		o := Options{FS: d, Dir: "log", SegmentSize: 16 << 10, inline: true}
+		l, _ := openLog(t, o)
+		for i := range 20 {
+			mustAppend(t, l, Lazy, payloadOf(i, 2000))
+		}
+		if err := l.Wait(20); err != nil {
+			t.Fatal(err)
+		}
+		segs := l.Segments()
+		if len(segs) != 4 {
+			t.Fatalf("%d segments, want 4", len(segs))
+		}
+		l.Close()
+		d = d.Kill()
+		o.FS = d
+		file := path.Join("log", slotName(uint32(bad), extSegment))
+		d.Corrupt(file, 30, 1)
+		d.Corrupt(file, copyAt+30, 1)
+		l, got := openLog(t, o)
+		dmg := l.Damage()
+		if len(dmg) == 0 || dmg[0].File != slotName(uint32(bad), extKept) {
+			t.Fatalf("segment %d: damage %+v", bad, dmg)
+		}
+		lost := segs[bad]
+		if want := 20 - int(lost.Last-lost.First+1); len(got) != want {
+			t.Fatalf("segment %d: replayed %d records, want %d", bad, len(got), want)
+		}
+		for _, r := range got {
+			// A missing first segment may also have been released: only the file is reported.
+			if after := bad > 0 && r.LSN > lost.Last; r.AfterDamage != after {
+				t.Fatalf("segment %d, record %d: AfterDamage %v", bad, r.LSN, r.AfterDamage)
+			}
+		}
+		if bad == 1 || bad == 2 {
+			if len(dmg) != 2 || dmg[1].From != lost.First || dmg[1].To != lost.Last {
+				t.Fatalf("segment %d: damage %+v", bad, dmg)
+			}
+		}
+	}
+}

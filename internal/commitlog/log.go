@@ -438,7 +438,7 @@ func (l *Log) dropLocked(n int) {
 	for i := range l.recs {
 		l.recs[i].pos -= cut
 	}
-	if len(l.recs) == 0 && cap(l.pend) > 1<<20 {
+	if len(l.recs) == 0 && int64(cap(l.pend)) > max(1<<20, 8*l.o.FlushBytes) {
 		l.pend = nil
 	}
 	l.takenN -= n

@@ -224,7 +224,7 @@ func (r *recovery) segment(chain []found, i int) error {
 	name := slotName(f.slot.id, f.slot.ext)
 	if i == 0 {
 		r.next, r.crc = f.hdr.first, f.hdr.formerCRC
-	} else if f.hdr.first != r.next || f.hdr.formerCRC != r.crc || f.hole {
+	} else if f.hdr.first != r.next || f.hdr.formerCRC != r.crc {
 		if f.hole {
 			r.report(DamageInfo{File: name, Seq: f.hdr.formerSeq, From: r.next, To: f.hdr.first - 1, Reason: "segment missing"})
 		} else if f.hdr.first != r.next {
@@ -234,11 +234,9 @@ func (r *recovery) segment(chain []found, i int) error {
 	}
 	// Where it ends, and what was durable for sure, is known from the next one.
 	limit, last := f.hdr.size, LSN(0)
-	if i+1 < len(chain) {
+	if i+1 < len(chain) && !chain[i+1].hole {
 		last = chain[i+1].hdr.first - 1
-		if !chain[i+1].hole {
-			limit = min(chain[i+1].hdr.formerEnd, limit)
-		}
+		limit = min(chain[i+1].hdr.formerEnd, limit)
 	}
 	buf, err := r.read(f, i == len(chain)-1)
 	if err != nil {
