@@ -208,7 +208,7 @@ func (c *caller) call(f []string) (string, error) {
 		return fmt.Sprintf("%d:%d", st.Uid, st.Gid), err
 	case "mtime":
 		err := unix.Lstat(path(1), &st)
-		return fmt.Sprint(st.Mtim.Sec), err
+		return fmt.Sprint(int64(st.Mtim.Sec)), err
 	case "chmod":
 		return "", unix.Chmod(path(1), uint32(n(2)))
 	case "chown":
@@ -218,7 +218,7 @@ func (c *caller) call(f []string) (string, error) {
 	case "ftruncate":
 		return "", unix.Ftruncate(fd(1), n(2))
 	case "utimes":
-		return "", unix.UtimesNanoAt(unix.AT_FDCWD, path(1), []unix.Timespec{{Sec: 1}, {Sec: n(2)}}, 0)
+		return "", unix.UtimesNanoAt(unix.AT_FDCWD, path(1), []unix.Timespec{{Sec: 1}, unix.NsecToTimespec(n(2) * 1e9)}, 0)
 	case "mkdir":
 		return "", unix.Mkdir(path(1), uint32(n(2)))
 	case "rmdir":

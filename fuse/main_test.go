@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -33,6 +34,8 @@ func TestMain(m *testing.M) {
 	case "":
 		os.Exit(inNamespace())
 	case "tests":
+		inherited = mounts()
+		os.Setenv("GORACE", "atexit_sleep_ms=0") // of the programs: else each takes a second to end
 		if err := furnish(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
@@ -112,11 +115,16 @@ func fuseConf(text string) error {
 	return unix.Mount(f.Name(), "/etc/fuse.conf", "", unix.MS_BIND, "")
 }
 
+// inherited are mounts of others, copied into this namespace.
+var inherited []string
+
+// mounts returns the mount points of our mounts.
 func mounts() (dirs []string) {
 	b, _ := os.ReadFile("/proc/self/mountinfo")
 	for line := range strings.Lines(string(b)) {
-		if strings.Contains(line, "fuse.litefs-agent") {
-			dirs = append(dirs, strings.Fields(line)[4])
+		dir := strings.Fields(line)[4]
+		if strings.Contains(line, "fuse.litefs-agent") && !slices.Contains(inherited, dir) {
+			dirs = append(dirs, dir)
 		}
 	}
 	return dirs

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -110,15 +111,15 @@ func TestListManyNames(t *testing.T) {
 
 func TestErrno(t *testing.T) {
 	other := errors.New("some other error")
-	var fail error
+	var fault atomic.Pointer[error]
 	fs := newMemFS()
 	fs.lookup = func(path string) error {
 		if path == "look" {
-			return fail
+			return *fault.Load()
 		}
 		return nil
 	}
-	fs.onWrite = func(n *memNode, _ int64, _ []byte) error { return fail }
+	fs.onWrite = func(n *memNode, _ int64, _ []byte) error { return *fault.Load() }
 	_, dir := mountFS(t, fs, fuse.Options{})
 	p := newProgram(t, dir, 0)
 	p.want("open a f rw,create = ok")
@@ -144,7 +145,8 @@ func TestErrno(t *testing.T) {
 		{other, unix.EIO},
 	} {
 		t.Run(tc.err.Error(), func(t *testing.T) {
-			fail = fmt.Errorf("somewhere: %w", tc.err)
+			fail := fmt.Errorf("somewhere: %w", tc.err)
+			fault.Store(&fail)
 			want := unix.ErrnoName(tc.want)
 			if tc.want != unix.ENOENT && tc.want != unix.ESTALE { // the kernel looks twice
 				p.want("stat look = " + want)

@@ -57,7 +57,8 @@ type peer struct {
 
 	tid    atomic.Int32          // the thread that opens, 0 before it runs
 	target atomic.Pointer[inode] // what it opens now
-	root   int                   // O_PATH descriptor of the mount's root, -1 if none; owned by the opener
+	dir    string                // the mount point; set by start, then constant
+	dev    uint64                // st_dev of the mount; set by start, then constant
 
 	mu    sync.Mutex // guards every inode's own, and all below; held across no system call but fcntl
 	wake  *sync.Cond
@@ -67,7 +68,7 @@ type peer struct {
 }
 
 func newPeer(m *rawFS) *peer {
-	p := &peer{m: m, root: -1}
+	p := &peer{m: m}
 	p.wake = sync.NewCond(&p.mu)
 	return p
 }
@@ -80,7 +81,12 @@ func (p *peer) start(dir string) error {
 	if err != nil {
 		return fmt.Errorf("open %s: %w", dir, err)
 	}
-	p.root = root
+	defer unix.Close(root) // kept, it would keep others from unmounting
+	var st unix.Stat_t
+	if err := unix.Fstat(root, &st); err != nil {
+		return fmt.Errorf("stat %s: %w", dir, err)
+	}
+	p.dir, p.dev = dir, uint64(st.Dev)
 	p.done = make(chan struct{})
 	go p.opener()
 	return nil
@@ -220,29 +226,35 @@ func (p *peer) endLocked() {
 			o.fd = -1
 		}
 	}
-	unix.Close(p.root)
-	p.root = -1
 }
 
 // open opens ino by its path. Called by the opener alone.
 func (p *peer) open(ino *inode) (int, error) {
-	path, err := p.m.nodes.pathOf(ino)
-	if err != nil {
-		return -1, err
-	}
 	p.target.Store(ino)
 	defer p.target.Store(nil)
+	wait := 50 * time.Microsecond
 	for {
-		fd, err := unix.Openat(p.root, path, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+		path, err := p.m.nodes.pathOf(ino)
+		if err != nil {
+			return -1, err
+		}
+		fd, err := unix.Open(p.dir+"/"+path, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
 		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if errors.Is(err, unix.ENOENT) && wait < time.Second {
+			// Who created it has our reply, but may not have put the name where we
+			// look yet: there it is still remembered as absent.
+			time.Sleep(wait)
+			wait *= 2
 			continue
 		}
 		if err != nil {
 			return -1, fmt.Errorf("open %s through the mount: %w", path, err)
 		}
-		// The name may have become another file's.
+		// The name may have become another file's, or the mount be gone.
 		var st unix.Stat_t
-		if err := unix.Fstat(fd, &st); err != nil || st.Ino != ino.node.Attr().Ino {
+		if err := unix.Fstat(fd, &st); err != nil || uint64(st.Dev) != p.dev || st.Ino != ino.node.Attr().Ino {
 			unix.Close(fd)
 			return -1, store.ErrNotExist
 		}
@@ -251,40 +263,39 @@ func (p *peer) open(ino *inode) (int, error) {
 }
 
 // use calls f with ino's descriptor, which stays open meanwhile. It waits for an
-// opening in progress, and starts one if start is set. ok is false if there is
-// no descriptor and, without start, none is to be expected. If hold returns true
-// the descriptor is kept until unhold.
+// opening in progress, and starts one if start is set. ok is false if there is no
+// descriptor; with start that is an error.
 func (p *peer) use(ino *inode, start bool, f func(fd int) error) (ok bool, err error) {
 	p.mu.Lock()
+	defer p.mu.Unlock()
+	o := &ino.own
+	o.users++ // so that what is opened stays
+	defer func() {
+		o.users--
+		p.reviewLocked(ino)
+	}()
 	if start {
 		p.wantLocked(ino)
 	}
-	o := &ino.own
 	if wait := o.opening; wait != nil {
 		p.mu.Unlock()
-		if err := p.await(wait); err != nil {
+		err := p.await(wait)
+		p.mu.Lock()
+		if err != nil {
 			return false, err
 		}
-		p.mu.Lock()
 	}
 	if o.fd < 0 {
 		err := o.err
-		p.mu.Unlock()
 		if start && err == nil {
-			err = unix.ENODEV
+			err = unix.ENODEV // closing
 		}
 		return false, err
 	}
-	o.users++
 	fd := o.fd
 	p.mu.Unlock()
-
 	err = f(fd)
-
 	p.mu.Lock()
-	o.users--
-	p.reviewLocked(ino)
-	p.mu.Unlock()
 	return true, err
 }
 
@@ -416,14 +427,8 @@ func (p *peer) known(node store.Node) *inode {
 	if !ok {
 		return nil
 	}
-	p.mu.Lock()
-	root := p.root
-	p.mu.Unlock()
-	if root < 0 {
-		return nil
-	}
 	var st unix.Stat_t
-	if err := unix.Fstatat(root, where.Path(), &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+	if err := unix.Lstat(p.dir+"/"+where.Path(), &st); err != nil {
 		return nil
 	}
 	return p.m.nodes.of(node)

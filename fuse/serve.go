@@ -195,9 +195,9 @@ func (c *connection) read(k *call) {
 		case err == nil:
 		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN), errors.Is(err, unix.ENOENT):
 			continue // ENOENT: the request was given up before we got it
-		default: // ENODEV: unmounted or aborted
+		default: // ENODEV, ECONNABORTED: unmounted or aborted
 			c.becomeBusy(true)
-			if !errors.Is(err, unix.ENODEV) {
+			if !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.ECONNABORTED) {
 				c.log.Error("reading /dev/fuse failed", "err", err)
 			}
 			return
