@@ -89,7 +89,7 @@ func (st *Store) incomingDB(in Incoming) (*DB, error) {
 	defer st.nsMu.Unlock()
 	db := st.byName[in.Name]
 	if db == nil {
-		db = st.newDB(st.newFile(in.Name, 0o440), in.Name)
+		db = st.newDB(st.newFile(in.Name, st.databaseMode(in.Name)), in.Name)
 		db.history, db.epoch = in.History, in.Epoch
 		st.byName[in.Name] = db
 	}
@@ -289,6 +289,7 @@ func (db *DB) show(p *pending, l *layer) {
 	}
 	db.size.Store(p.after.size())
 	db.confirm(p)
+	db.st.dropReplicaSides(db)
 	if db.exists && !wasThere {
 		if err := db.st.place(db); err != nil {
 			db.log.Error("database does not show at the mount", "err", err)

@@ -126,6 +126,9 @@ func (st *Store) Lookup(p string) (Node, error) {
 		st.nsMu.RUnlock()
 		if f != nil {
 			st.adoptIfCandidate(f)
+			if s := st.replicaSide(p, base, f); s != nil {
+				return s, nil
+			}
 		}
 	}
 	return st.lookupDisk(p)
@@ -416,6 +419,9 @@ func (st *Store) unlinkFile(p string, f *file) error {
 // unlinkSide removes a side file. That of an armed journal is the commit; that
 // of a super-journal commits all databases that name it.
 func (st *Store) unlinkSide(p string, s *sideFile) error {
+	if s.replica {
+		return fmt.Errorf("%s: %w", p, ErrReplica)
+	}
 	if s.kind == KindSuperJournal {
 		if err := st.commitGroup(p); err != nil {
 			return err

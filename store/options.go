@@ -34,6 +34,8 @@ type Options struct {
 	// Shipping says that records are kept until they are acked.
 	Shipping bool
 
+	FileMode uint32 // permission bits of databases after a restart and of replicas; default 0660
+
 	Durability  Durability
 	Flush       time.Duration // default 1 s
 	History     time.Duration // how long single transactions stay once acked
@@ -68,6 +70,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.Lag == nil {
 		o.Lag = func() (time.Duration, bool) { return 0, false }
+	}
+	if o.FileMode == 0 {
+		o.FileMode = 0o660
 	}
 	if o.Flush <= 0 {
 		o.Flush = time.Second

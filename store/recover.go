@@ -98,7 +98,7 @@ func (r *recovery) database(id uint32, name string) *recovering {
 	if rec := r.byID[id]; rec != nil {
 		return rec
 	}
-	f := r.st.newFile(name, 0o660)
+	f := r.st.newFile(name, r.st.databaseMode(name))
 	db := r.st.newDB(f, name)
 	db.id = id
 	rec := &recovering{db: db}

@@ -158,7 +158,7 @@ func (db *DB) syncDatabase(h *dbHandle) error {
 	}
 	p, lsn := db.pend, db.last
 	db.mu.Unlock()
-	err := db.st.wlog.Wait(lsn)
+	err := db.st.waitAsked(lsn)
 	if err == nil {
 		return nil
 	}
@@ -191,7 +191,11 @@ func (db *DB) prepare(h *dbHandle) error {
 	if err != nil || !ok {
 		return err
 	}
-	p, err := db.encode(c, 0, commitlog.Staged)
+	mode := commitlog.Staged
+	if db.st.opt.Durability.After > 0 {
+		mode = commitlog.Lazy
+	}
+	p, err := db.encode(c, 0, mode)
 	if err != nil {
 		return noSpace(err)
 	}
@@ -274,7 +278,7 @@ func (db *DB) endTransaction() error {
 		if !ok {
 			return db.endOrdinary()
 		}
-		wait := j.asked || db.st.opt.Durability.Commit
+		wait := j.asked && db.st.opt.Durability.After == 0 || db.st.opt.Durability.Commit
 		mode := commitlog.Lazy
 		if wait {
 			mode = commitlog.Staged

@@ -19,6 +19,8 @@ type sideFile struct {
 	ino   uint64
 	data  *sparse.File
 
+	replica bool // of a database that is only read here
+
 	mode  atomic.Uint32
 	mtime atomic.Int64
 	opens atomic.Int32
@@ -197,7 +199,7 @@ func (h *sideHandle) Sync() error {
 		}
 		lsn := db.last
 		db.mu.Unlock()
-		return db.st.wlog.Wait(lsn)
+		return db.st.waitAsked(lsn)
 	}
 	return nil
 }

@@ -318,6 +318,15 @@ func (st *Store) after(d time.Duration, fn func()) {
 	})
 }
 
+// waitAsked waits for what an FSYNC asked for, unless the configuration lets it
+// become durable later.
+func (st *Store) waitAsked(lsn commitlog.LSN) error {
+	if st.opt.Durability.After > 0 {
+		return nil
+	}
+	return st.wlog.Wait(lsn)
+}
+
 // needFree fails with ENOSPC unless n bytes, and a margin for the log, are free.
 func (st *Store) needFree(n int64) error {
 	if n <= 0 {

@@ -237,7 +237,7 @@ func (db *DB) commitFrames(w *walState, end int64, commit uint32) error {
 // alone.
 func (db *DB) walMode(w *walState) commitlog.Mode {
 	w.eager = w.synced
-	if w.eager || db.st.opt.Durability.Commit {
+	if w.eager && db.st.opt.Durability.After == 0 || db.st.opt.Durability.Commit {
 		return commitlog.Written
 	}
 	return commitlog.Lazy
@@ -444,7 +444,7 @@ func (db *DB) syncWAL(w *walState) error {
 	w.synced = true
 	lsn, tentative := db.last, db.pend != nil
 	db.mu.Unlock()
-	if err := db.st.wlog.Wait(lsn); err != nil {
+	if err := db.st.waitAsked(lsn); err != nil {
 		err = fmt.Errorf("%s: make the log durable: %w", db.name, err)
 		db.fenceWith(err)
 		return err
