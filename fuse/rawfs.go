@@ -435,8 +435,16 @@ func (m *rawFS) Write(_ <-chan struct{}, in *gofuse.WriteIn, data []byte) (uint3
 }
 
 // Flush answers FLUSH, which only ordinary files ask for: there close(2) writes
-// back what was written to a mapping before anybody looks at the file.
-func (m *rawFS) Flush(<-chan struct{}, *gofuse.FlushIn) gofuse.Status { return gofuse.OK }
+// back what was written to a mapping before anybody looks at the file, and a
+// copied database is noticed before close returns.
+func (m *rawFS) Flush(_ <-chan struct{}, in *gofuse.FlushIn) gofuse.Status {
+	if h := m.handles.get(in.Fh); h != nil {
+		if f, ok := h.file.(store.Flusher); ok {
+			f.Flush()
+		}
+	}
+	return gofuse.OK
+}
 
 func (m *rawFS) Fsync(_ <-chan struct{}, in *gofuse.FsyncIn) gofuse.Status {
 	h := m.handles.get(in.Fh)

@@ -134,20 +134,9 @@ func (db *DB) fenced() error {
 	return nil
 }
 
-// FenceNode fences the database that a node belongs to: a panic in one of its
-// requests leaves the state in doubt.
-func (st *Store) FenceNode(n Node, err error) {
-	var db *DB
-	switch n := n.(type) {
-	case *file:
-		db = n.db.Load()
-	case *sideFile:
-		db = n.live()
-	}
-	if db != nil {
-		db.fenceWith(err)
-	}
-}
+// Fence is fenceWith for the mount: a panic in a request leaves the state of its
+// database in doubt.
+func (db *DB) Fence(err error) { db.fenceWith(err) }
 
 // readAt reads what programs see: running transaction, committed layers, file.
 func (db *DB) readAt(p []byte, off int64) error {

@@ -79,6 +79,9 @@ func (f *file) Attr() Attr {
 	return a
 }
 
+// Path is where the file is at the mount, for the mount's own opening of it.
+func (f *file) Path() string { return f.name() }
+
 func (f *file) backed() bool        { return f.onDisk.Load() }
 func (f *file) ordinarySize() int64 { return f.size.Load() }
 

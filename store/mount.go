@@ -77,6 +77,9 @@ type Handle interface {
 	Release()
 }
 
+// A Flusher is a Handle that wants to know of each close(2). Flush must not wait.
+type Flusher interface{ Flush() }
+
 // Peer is what the engine asks of the mount that serves it. No method is called
 // with a lock held that Node, Handle or FS methods need, and none of the
 // Invalidate methods is called from inside a request (invariant 20).
@@ -93,6 +96,9 @@ type Peer interface {
 	ReadShm(shm Node, p []byte, off int64) (int, error)
 	// WriteShm writes the wal-index through the own mount. Never from a request.
 	WriteShm(shm Node, p []byte, off int64) (int, error)
+	// A node that has a method Path() string, its path at the mount, can be locked
+	// also where the kernel does not know it yet.
+	//
 	// LockShm and UnlockShm take or drop an OFD write lock on n bytes from off of
 	// the wal-index; ok is false if somebody else holds it. Never from a request.
 	LockShm(shm Node, off, n int64) (ok bool, err error)

@@ -31,6 +31,9 @@ var _ Node = (*sideFile)(nil)
 
 func (s *sideFile) touch(st *Store) { s.mtime.Store(st.opt.Now().UnixNano()) }
 
+// Path is where the file is at the mount.
+func (s *sideFile) Path() string { return s.path }
+
 // Kind implements Node.
 func (s *sideFile) Kind() Kind { return s.kind }
 
