@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"path"
+	"slices"
+	"strings"
 
 	"github.com/litefs-agent/litefs-agent/internal/commitlog"
 )
@@ -196,3 +198,107 @@ func splitGroup(payload []byte, fn func(h commitlog.Header, off int64, body []by
 }
 
 var errBadRecord = errors.New("record of the log does not decode")
+
+// groupSize returns how many databases a group record changes.
+func (st *Store) groupSize(e entry) (int, error) {
+	var b [2]byte
+	if err := st.wlog.ReadAt(e.ref, b[:], 0); err != nil {
+		return 0, fmt.Errorf("read group record: %w", err)
+	}
+	return int(binary.BigEndian.Uint16(b[:])), nil
+}
+
+// ApplyGroup takes the records of one transaction over several databases: all
+// become the positions of their databases, in one record of the log, or none.
+// Those that are there already are left out. When it returns nil they are
+// durable.
+func (st *Store) ApplyGroup(list []Incoming) error {
+	type member struct {
+		in Incoming
+		db *DB
+	}
+	var members []member
+	for _, in := range list {
+		if err := st.checkIncoming(in.Name); err != nil {
+			return err
+		}
+		if in.Replace {
+			return fmt.Errorf("%s: part of a group replaces the database: %w", in.Name, ErrCorrupt)
+		}
+		db, err := st.incomingDB(in)
+		if err != nil {
+			return err
+		}
+		if slices.ContainsFunc(members, func(m member) bool { return m.db == db }) {
+			return fmt.Errorf("%s: twice in one group: %w", in.Name, ErrCorrupt)
+		}
+		members = append(members, member{in, db})
+	}
+	// Names order the locks, since new databases have no ids yet.
+	slices.SortFunc(members, func(a, b member) int { return strings.Compare(a.in.Name, b.in.Name) })
+	for _, m := range members {
+		unlock, err := m.db.lockReaders()
+		if err != nil {
+			return err
+		}
+		defer unlock()
+	}
+	for _, m := range members {
+		m.db.mu.Lock()
+		defer m.db.mu.Unlock()
+		if err := m.db.fenced(); err != nil {
+			return err
+		}
+	}
+	var parts []groupPart
+	var layers []*layer
+	undo := func(err error) error {
+		for _, l := range layers {
+			l.Reset()
+		}
+		return err
+	}
+	for _, m := range members {
+		p, l, payload, err := m.db.groupIncoming(m.in)
+		if err != nil {
+			return undo(err)
+		}
+		if p != nil {
+			parts, layers = append(parts, groupPart{m.db, p, payload}), append(layers, l)
+		}
+	}
+	if len(parts) == 0 {
+		return nil
+	}
+	if err := st.appendGroup(parts); err != nil {
+		return undo(err)
+	}
+	for i, part := range parts {
+		part.db.show(part.p, layers[i])
+	}
+	return nil
+}
+
+// groupIncoming checks one part of a group. All are nil if it is here already.
+// db.mu is held.
+func (db *DB) groupIncoming(in Incoming) (*pending, *layer, []byte, error) {
+	dec, h, err := db.checkPosition(in)
+	if dec == nil || err != nil {
+		return nil, nil, nil, err
+	}
+	in.Replace = h.MinTXID == 1
+	p, l, err := db.decodeIncoming(in, dec, h)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	err = db.register()
+	var payload []byte
+	if err == nil {
+		payload, err = db.incomingPayload(in, p, h)
+	}
+	if err != nil {
+		l.Reset()
+		return nil, nil, nil, noSpace(err)
+	}
+	return p, l, payload, nil
+}

@@ -68,6 +68,14 @@ func (st *Store) Apply(in Incoming) (*DB, error) {
 		return db, err
 	}
 	defer unlock()
+	if in.Replace {
+		// What the replaced line left in memory must not come after the new one.
+		db.flushMu.Lock()
+		defer db.flushMu.Unlock()
+		if err := db.flushLocked(); err != nil {
+			return db, err
+		}
+	}
 	db.mu.Lock()
 	defer db.mu.Unlock()
 	if err := db.fenced(); err != nil {
@@ -96,23 +104,33 @@ func (st *Store) incomingDB(in Incoming) (*DB, error) {
 	return db, nil
 }
 
-func (db *DB) applyIncoming(in Incoming) error {
+// checkPosition reads the header of a record and compares it with where the
+// database stands. The decoder is nil for one that was seen before. db.mu is held.
+func (db *DB) checkPosition(in Incoming) (*ltx.Decoder, ltx.Header, error) {
 	if db.history != in.History && !in.Replace {
-		return fmt.Errorf("%s: has %016x, record is of %016x: %w", db.name, db.history, in.History, ErrHistory)
+		return nil, ltx.Header{}, fmt.Errorf("%s: has %016x, record is of %016x: %w", db.name, db.history, in.History, ErrHistory)
 	}
 	dec := ltx.NewDecoder(io.NewSectionReader(in.LTX, 0, in.Size))
 	h, err := dec.DecodeHeader()
 	if err != nil {
-		return fmt.Errorf("%s: %w: %w", db.name, ErrCorrupt, err)
+		return nil, h, fmt.Errorf("%s: %w: %w", db.name, ErrCorrupt, err)
 	}
 	if db.history == in.History && h.MaxTXID <= db.at.TXID {
-		return nil // seen before
+		return nil, h, nil
 	}
 	start := ltx.Pos{TXID: h.MinTXID - 1, PostApplyChecksum: h.PreApplyChecksum}
-	full := h.MinTXID == 1
-	if !full && !in.Replace && start != db.at.Pos {
-		return &PositionError{db.name, db.at.Pos, start}
+	if h.MinTXID != 1 && !in.Replace && start != db.at.Pos {
+		return nil, h, &PositionError{db.name, db.at.Pos, start}
 	}
+	return dec, h, nil
+}
+
+func (db *DB) applyIncoming(in Incoming) error {
+	dec, h, err := db.checkPosition(in)
+	if dec == nil || err != nil {
+		return err
+	}
+	full := h.MinTXID == 1
 	if in.Replace {
 		if !full {
 			return fmt.Errorf("%s: replacement does not start at 1: %w", db.name, ErrCorrupt)
@@ -120,21 +138,37 @@ func (db *DB) applyIncoming(in Incoming) error {
 		if err := db.keepBranch(in.History); err != nil {
 			return err
 		}
-		db.history, db.epoch = in.History, in.Epoch
-		db.recs = records{}
-		db.at = position{}
 	}
+	undo := db.beginLine(in)
 	in.Replace = in.Replace || full
 	p, l, err := db.decodeIncoming(in, dec, h)
 	if err != nil {
+		undo()
 		return err
 	}
 	if err := db.appendIncoming(in, p, h); err != nil {
 		l.Reset()
+		undo()
 		return err
 	}
 	db.show(p, l)
 	return nil
+}
+
+// beginLine forgets the present line of a database before a record that replaces
+// it is read; undo takes that back. db.mu is held.
+func (db *DB) beginLine(in Incoming) (undo func()) {
+	if !in.Replace {
+		return func() {}
+	}
+	history, epoch, recs, at, base, applied := db.history, db.epoch, db.recs, db.at, db.base, db.applied
+	if db.history != in.History {
+		db.base, db.applied = position{}, position{}
+	}
+	db.history, db.epoch, db.recs, db.at = in.History, in.Epoch, records{}, position{}
+	return func() {
+		db.history, db.epoch, db.recs, db.at, db.base, db.applied = history, epoch, recs, at, base, applied
+	}
 }
 
 // decodeIncoming reads and checks the whole record. The layer holds its pages.
@@ -228,24 +262,13 @@ func (db *DB) appendIncoming(in Incoming, p *pending, h ltx.Header) error {
 	if err := db.register(); err != nil {
 		return noSpace(err)
 	}
+	payload, err := db.incomingPayload(in, p, h)
+	if err != nil {
+		return noSpace(err)
+	}
 	header := db.header(commitlog.KindLTX, p.entry.flags())
-	var payload []byte
-	if in.Size > db.st.opt.Large {
+	if p.entry.path != "" {
 		header.Kind = commitlog.KindReference
-		name, err := db.writeSide(in, h)
-		if err != nil {
-			return noSpace(err)
-		}
-		tr := ltx.Trailer{PostApplyChecksum: p.after.PostApplyChecksum}
-		if payload, err = appendReference(nil, h, tr, in.Size); err != nil {
-			return err
-		}
-		p.entry.path = name
-	} else {
-		payload = make([]byte, in.Size)
-		if _, err := in.LTX.ReadAt(payload, 0); err != nil && err != io.EOF {
-			return err
-		}
 	}
 	lsn, ref, err := db.st.wlog.Append(header, commitlog.Staged, payload)
 	if err != nil {
@@ -255,6 +278,24 @@ func (db *DB) appendIncoming(in Incoming, p *pending, h ltx.Header) error {
 	db.last = lsn
 	db.markDirty(lsn)
 	return nil
+}
+
+// incomingPayload returns what the log holds of a record: its bytes, or the
+// reference to the side file made of them.
+func (db *DB) incomingPayload(in Incoming, p *pending, h ltx.Header) ([]byte, error) {
+	if in.Size <= db.st.opt.Large {
+		payload := make([]byte, in.Size)
+		if _, err := in.LTX.ReadAt(payload, 0); err != nil && err != io.EOF {
+			return nil, err
+		}
+		return payload, nil
+	}
+	name, err := db.writeSide(in, h)
+	if err != nil {
+		return nil, err
+	}
+	p.entry.path = name
+	return appendReference(nil, h, ltx.Trailer{PostApplyChecksum: p.after.PostApplyChecksum}, in.Size)
 }
 
 func (db *DB) writeSide(in Incoming, h ltx.Header) (string, error) {

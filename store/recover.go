@@ -137,6 +137,12 @@ func (r *recovery) replayOne(rec commitlog.Record, off int64, body []byte, group
 		return fmt.Errorf("log record %d is of database %d, which nothing names: %w", rec.LSN, rec.DB, errBadRecord)
 	}
 	x.saw(rec.LSN)
+	if rec.History != 0 && rec.History != x.db.history && (!x.hasMeta || rec.LSN > x.meta.LSN) {
+		// Another line replaced the one before: nothing of that counts any more.
+		x.db.history, x.db.epoch = rec.History, Epoch{rec.EpochN, rec.EpochGrant}
+		x.db.recs = records{}
+		x.logged = nil
+	}
 	switch rec.Kind {
 	case commitlog.KindLTX, commitlog.KindReference:
 		e, err := x.db.parseEntry(rec, off, body)
@@ -236,7 +242,11 @@ func (x *recovering) finish() error {
 	list := chainEntries(files, x.logged)
 	if m := x.meta; x.hasMeta {
 		db.metaSeq = m.Seq
-		db.base = m.base()
+		if m.History == db.history {
+			db.base = m.base()
+		} else {
+			m.AckedTXID, m.Sent = 0, 0
+		}
 		if m.LSN > db.last {
 			db.last = m.LSN
 		}

@@ -35,6 +35,10 @@ type Shipment struct {
 	PageSize  uint32
 	Full      bool // holds every page
 	Records   int  // how many were compacted into it
+	// Group, if not 0, is shared by the Parts records of one transaction over
+	// several databases: they take effect together.
+	Group uint64
+	Parts int
 	Size      int64
 	Body      io.ReadCloser // the LTX bytes
 }
@@ -52,18 +56,19 @@ const sentStep = 256
 func (db *DB) Next(after ltx.Pos, compactFrom int, limit int64) (*Shipment, error) {
 	db.mu.Lock()
 	list, err := db.shippable(after)
+	n := 1
+	if err == nil && compactFrom > 0 && len(list) >= compactFrom && list[0].group == 0 {
+		size := list[0].size
+		for n < len(list) && size+list[n].size <= limit && list[n].group == 0 {
+			size += list[n].size
+			n++
+		}
+	}
+	list = slices.Clone(list[:min(n, len(list))])
 	history, epoch := db.history, db.epoch
 	db.mu.Unlock()
 	if err != nil {
 		return nil, err
-	}
-	n := 1
-	if compactFrom > 0 && len(list) >= compactFrom {
-		size := list[0].size
-		for n < len(list) && size+list[n].size <= limit {
-			size += list[n].size
-			n++
-		}
 	}
 	if err := db.markSent(list[n-1].max); err != nil {
 		return nil, err
@@ -78,13 +83,18 @@ func (db *DB) Next(after ltx.Pos, compactFrom int, limit int64) (*Shipment, erro
 		s.Full = s.Full || e.full
 	}
 	if n == 1 {
+		if s.Group = list[0].group; s.Group != 0 {
+			if s.Parts, err = db.st.groupSize(list[0]); err != nil {
+				return nil, err
+			}
+		}
 		s.Body, err = db.st.openRecord(list[0])
 		return s, err
 	}
 	return s, db.compactBody(s, list[:n])
 }
 
-// shippable returns the durable records after a position. db.mu is held.
+// shippable returns the durable records after a position, in place. db.mu is held.
 func (db *DB) shippable(after ltx.Pos) ([]entry, error) {
 	list := db.recs.list
 	if after.TXID >= db.at.TXID {
@@ -101,14 +111,14 @@ func (db *DB) shippable(after ltx.Pos) ([]entry, error) {
 		return nil, ErrGap
 	}
 	durable := db.st.wlog.Durable()
-	n := i
-	for n < len(list) && list[n].lsn <= durable {
-		n++
+	n := len(list)
+	for n > i && list[n-1].lsn > durable {
+		n--
 	}
 	if n == i {
 		return nil, ErrNothing
 	}
-	return slices.Clone(list[i:n]), nil
+	return list[i:n], nil
 }
 
 // compactBody makes the shipment of several records, in memory while it is

@@ -145,6 +145,13 @@ func (l *Log) OnDurable(f func(LSN)) {
 	l.notified = l.Durable()
 }
 
+// Err returns why nothing can be appended any more (ErrFailed), or nil.
+func (l *Log) Err() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.failed
+}
+
 // Stats returns the counters since Open.
 func (l *Log) Stats() Stats {
 	l.mu.Lock()

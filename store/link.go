@@ -1,0 +1,140 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+
+	"github.com/litefs-agent/litefs-agent/internal/commitlog"
+	"github.com/litefs-agent/litefs-agent/ltx"
+)
+
+// This file is what services ask of the engine besides records.
+
+// Failed returns why nothing can be written any more, nil while all is well.
+func (st *Store) Failed() error { return st.wlog.Err() }
+
+// FenceNode fences the database that a node at the mount belongs to, if any.
+func (st *Store) FenceNode(n Node, err error) {
+	f, _ := n.(*file)
+	if s, ok := n.(*sideFile); ok {
+		f = s.owner
+	}
+	if f == nil {
+		return
+	}
+	if db := f.db.Load(); db != nil {
+		db.Fence(err)
+	}
+}
+
+// VerifyPages is the part of Verify that reads the present content.
+func (db *DB) VerifyPages() (ltx.Pos, error) {
+	defer db.pin()()
+	db.settle()
+	pos, faults := db.verifyPages()
+	return pos, errors.Join(faults...)
+}
+
+// VerifyRecords is the part of Verify that reads the records. It returns their
+// number and size.
+func (db *DB) VerifyRecords() (n int, size int64, err error) {
+	defer db.pin()()
+	db.mu.Lock()
+	for _, e := range db.recs.list {
+		size += e.size
+	}
+	db.mu.Unlock()
+	n, faults := db.verifyRecords()
+	return n, size, errors.Join(faults...)
+}
+
+// EachRecord calls fn for what is held of the history, ascending and without
+// gaps from TXID 1: every record, or, where the first ones are gone, a snapshot of
+// the present and what was committed since.
+func (db *DB) EachRecord(fn func(min, max ltx.TXID, size int64, body io.Reader) error) error {
+	defer db.pin()()
+	db.settle()
+	if err := db.Sync(); err != nil {
+		return err
+	}
+	list := db.chain()
+	if len(list) == 0 || list[0].min != 1 {
+		s, err := db.SnapshotShipment()
+		if err != nil {
+			return err
+		}
+		err = fn(s.Min, s.Max, s.Size, s.Body)
+		if err := errors.Join(err, s.Body.Close()); err != nil {
+			return err
+		}
+		list = slices.DeleteFunc(list, func(e entry) bool { return e.min <= s.Max })
+	}
+	for _, e := range list {
+		r, err := db.st.openRecord(e)
+		if err == nil {
+			err = errors.Join(fn(e.min, e.max, e.size, r), r.Close())
+		}
+		if err != nil {
+			return fmt.Errorf("%s: record %s-%s: %w", db.name, e.min, e.max, err)
+		}
+	}
+	return nil
+}
+
+// chain returns the durable records from the newest one on that starts at 1, if
+// there is one, else all.
+func (db *DB) chain() []entry {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	durable := db.st.wlog.Durable()
+	list := slices.Clone(db.recs.list)
+	list = slices.DeleteFunc(list, func(e entry) bool { return e.lsn > durable })
+	for i := len(list) - 1; i > 0; i-- {
+		if list[i].min == 1 {
+			return list[i:]
+		}
+	}
+	return list
+}
+
+// NewHistory gives the database a new history that begins with its present
+// content: what a node does when its hub holds a line that it does not know.
+// It fails with ErrBusy while the content of the database file is behind, in
+// WAL mode until the WAL is reset.
+func (db *DB) NewHistory() error {
+	db.settle()
+	if err := db.st.moveBases([]*DB{db}, 0); err != nil {
+		return err
+	}
+	db.flushMu.Lock()
+	defer db.flushMu.Unlock()
+	db.mu.Lock()
+	if db.base != db.at || db.pend != nil {
+		db.mu.Unlock()
+		return fmt.Errorf("%s: cannot begin a history: its WAL is in use: %w", db.name, ErrBusy)
+	}
+	old := db.recs
+	oldHistory := db.history
+	db.history = db.st.random()
+	db.recs = records{}
+	m := db.metaLocked(db.base)
+	lsn, _, err := db.st.wlog.Append(db.header(commitlog.KindBase, 0), commitlog.Staged, nil)
+	if err == nil {
+		db.lastAny = lsn
+		m.LSN = lsn
+	} else {
+		db.history, db.recs = oldHistory, old
+	}
+	db.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	if err := db.st.wlog.Wait(lsn); err != nil {
+		return err
+	}
+	db.log.Warn("the hub has another line of this database: a new history begins here",
+		"old", fmt.Sprintf("%016x", oldHistory), "new", fmt.Sprintf("%016x", m.History))
+	return db.writeMeta(m, false)
+}
