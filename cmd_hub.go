@@ -39,7 +39,7 @@ with its history. It runs until SIGTERM or SIGINT.`,
 			}
 			ctx, stop := stopContext(cmd.Context())
 			defer stop()
-			return runHub(ctx, cfg, hub.Options{Version: readBuildInfo().Version, Site: site, Log: newLogger(a, cfg.Log)})
+			return runHub(ctx, cfg, hub.Options{Version: readBuildInfo().Version, Site: site, Watcher: watcher(), Log: newLogger(a, cfg.Log)})
 		},
 	}
 	cmd.Flags().StringVar(&file, "config", "", "configuration `FILE` (default "+hub.ConfigFile+")")

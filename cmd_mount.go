@@ -47,6 +47,7 @@ not found.`,
 				return err
 			}
 			opts.Version = readBuildInfo().Version
+			opts.Watcher = watcher()
 			opts.Log = newLogger(a, cfg.Log)
 			if len(argv) > 0 {
 				return a.mountWith(cmd.Context(), cfg, opts, argv)

@@ -8,5 +8,6 @@ type Options struct {
 	UnsafeData bool         // accept a data folder on a file system that may lose data
 	SkipSync   bool         // do not wait for a first copy of hub-owned databases
 	Ready      func()       // called once: mounted, restored, and unless SkipSync synced; may be nil
+	Watcher    []string     // command that runs fuse.Watch with arguments added; empty: no watcher of the mount
 	Log        *slog.Logger // nil discards
 }

@@ -53,6 +53,13 @@ type Options struct {
 	// WAL is read without requests, but each frame written costs one more.
 	CacheJournal, CacheWAL bool
 
+	// Watcher is the command that runs [Watch] with the arguments added to it; it
+	// takes programs off the mount if this process is killed. WatcherLock is kept
+	// open by it until it has done so: a flock on it keeps the next agent waiting.
+	// Empty: no watcher.
+	Watcher     []string
+	WatcherLock *os.File
+
 	// OnReveal is told each node before the reply that reveals it to the kernel,
 	// and again when it is revealed as another kind; OnForget when the kernel has
 	// forgotten it. OnPanic is told the node whose request panicked. All may be
@@ -93,6 +100,7 @@ type Server struct {
 	fs     store.FS     // set by Mount, then constant
 	raw    *rawFS       // set by Mount, then constant
 	conn   *connection  // set by Mount, then constant
+	watch  *watched     // set by Mount, then constant; nil without a watcher
 	log    *slog.Logger // set by Mount, then constant
 
 	closing  atomic.Bool
@@ -135,18 +143,31 @@ func mount(ctx context.Context, fs store.FS, opt Options) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
+	var watch *watched
+	if len(opt.Watcher) > 0 {
+		if watch, err = newWatched(opt.Watcher, opt.WatcherLock, opt.Logger); err != nil {
+			unix.Close(fd)
+			return nil, errors.Join(err, detach(dir, method, true))
+		}
+		opt.OnReveal, opt.OnForget = watch.reveal, watch.forget
+	}
 	raw := newRawFS(fs, opt, opt.Logger, uint32(os.Geteuid()), gid)
 	conn := newConnection(fd, raw, opt.Logger)
 	if err := conn.handshake(); err != nil {
 		unix.Close(fd)
 		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, err), detach(dir, method, true))
 	}
-	s := &Server{dir: dir, method: method, fs: fs, raw: raw, conn: conn, log: opt.Logger}
+	s := &Server{dir: dir, method: method, fs: fs, raw: raw, conn: conn, watch: watch, log: opt.Logger}
 	raw.peer.conn = conn
 	fs.Attach(raw.peer) // before the first request
 	go conn.run()
 	if err := raw.peer.start(dir); err != nil {
 		return nil, errors.Join(fmt.Errorf("mount: %w", err), s.Close())
+	}
+	if watch != nil {
+		if err := watch.start(fd, dir, method); err != nil {
+			return nil, errors.Join(fmt.Errorf("mount: %w", err), s.Close())
+		}
 	}
 	return s, nil
 }
@@ -173,6 +194,9 @@ func (s *Server) Close() error {
 	s.close.Do(func() {
 		s.closing.Store(true)
 		s.closeErr = s.unmount()
+		if s.watch != nil {
+			s.watch.stop()
+		}
 		s.fs.Attach(nil)
 	})
 	return s.closeErr
@@ -268,17 +292,8 @@ func (s *Server) forcibly() error {
 //
 // Requests must be refused already, else a program could repair what it sees.
 func (s *Server) spoil() {
-	zeros := make([]byte, 136)
 	for _, ino := range s.raw.nodes.all() {
-		switch ino.node.Kind() {
-		case store.KindDatabase:
-			s.conn.storeData(ino.id, 0, zeros[:100])
-			s.conn.invalidateInode(ino.id, -1, 0)
-		case store.KindShm:
-			s.conn.storeData(ino.id, 0, zeros)
-		case store.KindJournal, store.KindWAL:
-			s.conn.invalidateInode(ino.id, 0, 0)
-		}
+		s.conn.spoilNode(ino.id, ino.node.Kind())
 	}
 }
 

@@ -24,7 +24,8 @@ type Options struct {
 	FallbackID func() (string, error) // where neither the configuration nor the data folder names one
 	Mount      config.Mount           // Dir empty: none
 	Socket     string
-	Budget     int64 // bytes of backlog up to which the service is healthy
+	Budget     int64    // bytes of backlog up to which the service is healthy
+	Watcher    []string // command of the mount's watcher (fuse.Watch); empty: none
 	Log        *slog.Logger
 }
 
@@ -144,6 +145,7 @@ func (c *Core) Mount(ctx context.Context) error {
 		Dir: m.Dir, Method: m.Method, Group: mountGroup(m.Group),
 		FileMode: uint32(m.FileMode), DirMode: uint32(m.DirMode),
 		AllowOther: true, Logger: c.log,
+		Watcher: c.opt.Watcher, WatcherLock: c.Data.LockFile(),
 		OnPanic: func(node store.Node) { c.st.Load().FenceNode(node, errors.New("a request panicked")) },
 	})
 	if err != nil {

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -49,7 +50,7 @@ func OpenData(dir string, unsafe bool, log *slog.Logger) (*Data, error) {
 	if err != nil {
 		return nil, fmt.Errorf("data folder: %w", err)
 	}
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := lockFor(lock, lockWait); err != nil {
 		lock.Close()
 		if errors.Is(err, syscall.EWOULDBLOCK) {
 			return nil, fmt.Errorf("data folder %s: another service has it open: stop that first, or set another data folder", dir)
@@ -63,6 +64,25 @@ func OpenData(dir string, unsafe bool, log *slog.Logger) (*Data, error) {
 	}
 	return &Data{Dir: dir, FS: fs, lock: lock}, nil
 }
+
+// lockWait is how long the watcher of an agent that was killed may need to take
+// programs off the dead mount; it holds the lock as long.
+const lockWait = 3 * time.Second
+
+func lockFor(f *os.File, wait time.Duration) error {
+	deadline := time.Now().Add(wait)
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil || !errors.Is(err, syscall.EWOULDBLOCK) || time.Now().After(deadline) {
+			return err
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// LockFile is the locked file: who holds a copy of its descriptor keeps the data
+// folder locked.
+func (d *Data) LockFile() *os.File { return d.lock }
 
 // Close gives the lock back.
 func (d *Data) Close() error { return d.lock.Close() }
