@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/litefs-agent/litefs-agent/internal/commitlog"
+	"github.com/litefs-agent/litefs-agent/ltx"
 )
 
 // A group record holds the parts of one transaction over several databases:
@@ -53,7 +55,7 @@ func (st *Store) commitGroup(name string) error {
 	if !held {
 		return fmt.Errorf("%s: journals still name this super-journal and nobody holds their locks: %w", name, ErrBusy)
 	}
-	parts, err := groupParts(members)
+	parts, err := partsOf(members)
 	if err != nil {
 		return err
 	}
@@ -84,7 +86,7 @@ func (st *Store) groupMembers(base string) []*DB {
 	return list
 }
 
-func groupParts(members []*DB) ([]groupPart, error) {
+func partsOf(members []*DB) ([]groupPart, error) {
 	parts := make([]groupPart, len(members))
 	for i, db := range members {
 		if err := db.supersede(); err != nil {
@@ -199,13 +201,34 @@ func splitGroup(payload []byte, fn func(h commitlog.Header, off int64, body []by
 
 var errBadRecord = errors.New("record of the log does not decode")
 
-// groupSize returns how many databases a group record changes.
-func (st *Store) groupSize(e entry) (int, error) {
-	var b [2]byte
-	if err := st.wlog.ReadAt(e.ref, b[:], 0); err != nil {
-		return 0, fmt.Errorf("read group record: %w", err)
+// A GroupPart names one record of a transaction over several databases.
+type GroupPart struct {
+	Name string
+	TXID ltx.TXID
+}
+
+// groupParts reads which databases the group record that holds e changes.
+func (st *Store) groupParts(e entry) ([]GroupPart, error) {
+	payload := make([]byte, e.ref.Len)
+	if err := st.wlog.ReadAt(e.ref, payload, 0); err != nil {
+		return nil, fmt.Errorf("read group record: %w", err)
 	}
-	return int(binary.BigEndian.Uint16(b[:])), nil
+	var list []GroupPart
+	err := splitGroup(payload, func(h commitlog.Header, _ int64, body []byte) error {
+		header, err := ltx.ReadHeader(bytes.NewReader(body))
+		if err != nil {
+			return err
+		}
+		st.nsMu.RLock()
+		db := st.byID[h.DB]
+		st.nsMu.RUnlock()
+		if db == nil {
+			return fmt.Errorf("part of database %d, which is gone: %w", h.DB, errBadRecord)
+		}
+		list = append(list, GroupPart{db.name, header.MinTXID})
+		return nil
+	})
+	return list, err
 }
 
 // ApplyGroup takes the records of one transaction over several databases: all

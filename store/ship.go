@@ -18,6 +18,8 @@ import (
 var (
 	// ErrNothing: there is no durable, confirmed record after that position.
 	ErrNothing = errors.New("nothing to ship")
+	// ErrUndurable is the ErrNothing of a record that is not durable yet.
+	ErrUndurable = fmt.Errorf("%w: not durable yet", ErrNothing)
 	// ErrGap: the records after that position are not kept any more, or the
 	// position is not one of this history: a snapshot is needed.
 	ErrGap = errors.New("records after that position are gone")
@@ -35,12 +37,12 @@ type Shipment struct {
 	PageSize  uint32
 	Full      bool // holds every page
 	Records   int  // how many were compacted into it
-	// Group, if not 0, is shared by the Parts records of one transaction over
-	// several databases: they take effect together.
+	// Group, if not 0, is shared by the records of one transaction over several
+	// databases: they take effect together. Parts are all of them.
 	Group uint64
-	Parts int
-	Size      int64
-	Body      io.ReadCloser // the LTX bytes
+	Parts []GroupPart
+	Size  int64
+	Body  io.ReadCloser // the LTX bytes
 }
 
 // Pos is the position after the shipment.
@@ -84,7 +86,7 @@ func (db *DB) Next(after ltx.Pos, compactFrom int, limit int64) (*Shipment, erro
 	}
 	if n == 1 {
 		if s.Group = list[0].group; s.Group != 0 {
-			if s.Parts, err = db.st.groupSize(list[0]); err != nil {
+			if s.Parts, err = db.st.groupParts(list[0]); err != nil {
 				return nil, err
 			}
 		}
@@ -116,7 +118,7 @@ func (db *DB) shippable(after ltx.Pos) ([]entry, error) {
 		n--
 	}
 	if n == i {
-		return nil, ErrNothing
+		return nil, ErrUndurable
 	}
 	return list[i:n], nil
 }
