@@ -14,10 +14,16 @@ FUZZTIME  ?= 10s
 BENCHTIME ?= 1s
 PREFIX    ?= /usr/local
 
+ROUNDS     ?= 5
+BENCHWORK  ?= $(CURDIR)/.build/bench/work
+BENCHFLAGS ?=
+BENCHCOMMAND = $(strip ROUNDS=$(ROUNDS) $(foreach v,QUICK SLOW BIG LONG BENCHFLAGS,$(if $($v),$v="$($v)")) make bench)
+AS_ROOT     = $(if $(filter-out 0,$(shell id -u)),sudo)
+
 export CGO_ENABLED := 0
 export VERSION COMMIT
 
-.PHONY: help build install demo test race test-arm check fmt vet lint imports cross bench fuzz man setup clean
+.PHONY: help build install demo test race test-arm check fmt vet lint imports cross bench bench-go fuzz man setup clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,7 +80,18 @@ imports:
 cross: ## dist/: armv6, armv7, arm64, amd64, in full and without the hub; fails above the size limits
 	scripts/cross-build.sh
 
-bench: setup build ## the benchmarks of every package (BENCHTIME=1s)
+# Root, or with sudo: loop devices, strace, dropped caches. bench/README.md.
+bench: ## SQLite on the mount next to plain ext4 (ROUNDS=5 QUICK=1 SLOW=1 BIG=1 LONG=1), as one table
+	@scripts/setup.sh bench
+	@mkdir -p .build/bench
+	@$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o .build/bench/litefs-agent .
+	@$(GO) build -trimpath -tags nohub -ldflags '$(LDFLAGS)' -o .build/bench/litefs-agent-nohub .
+	@cd bench && CGO_ENABLED=1 $(GO) build -o ../.build/bench/bench .
+	@$(AS_ROOT) .build/bench/bench -agent .build/bench/litefs-agent -lean .build/bench/litefs-agent-nohub \
+		-work $(BENCHWORK) -results bench/results -command '$(BENCHCOMMAND)' -rounds $(ROUNDS) \
+		$(if $(QUICK),-quick) $(if $(SLOW),-slow) $(if $(BIG),-big) $(if $(LONG),-long) $(BENCHFLAGS)
+
+bench-go: setup build ## the Go benchmarks of every package (BENCHTIME=1s)
 	$(GO) test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) ./...
 
 fuzz: ## every fuzz target for FUZZTIME (10s)

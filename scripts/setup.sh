@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs what the tests and the demo need and this Debian lacks. Says nothing
-# and needs no rights when nothing is missing. Usage: setup.sh [race] [arm]
+# and needs no rights when nothing is missing. Usage: setup.sh [race] [arm] [bench]
 #   race  a C compiler, for the race detector      arm  qemu-arm, to run ARM code
+#   bench  a C compiler, strace, tools for loop devices
 set -euo pipefail
 
 as_root() {
@@ -26,6 +27,10 @@ for group in "$@"; do
 	case $group in
 	race) need gcc gcc; [ -e /usr/include/stdlib.h ] || packages+=(libc6-dev) ;;
 	arm) need qemu-arm qemu-user ;;
+	bench)
+		need gcc gcc; [ -e /usr/include/stdlib.h ] || packages+=(libc6-dev)
+		need strace strace; need mkfs.ext4 e2fsprogs; need losetup mount; need findmnt util-linux
+		;;
 	*) echo "setup: unknown group $group" >&2; exit 2 ;;
 	esac
 done
