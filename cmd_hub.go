@@ -5,17 +5,32 @@ package main
 import (
 	"context"
 	"errors"
+	"net"
 	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/litefs-agent/litefs-agent/hub"
 	"github.com/litefs-agent/litefs-agent/internal/config"
+	"github.com/litefs-agent/litefs-agent/transport"
+	httptransport "github.com/litefs-agent/litefs-agent/transport/http"
 )
 
 // runHub is the hub's service.
-func runHub(context.Context, hub.Config, hub.Options) error {
-	return errors.New("hub: this build does not have the service")
+func runHub(ctx context.Context, cfg hub.Config, opts hub.Options) error {
+	tuneMemory(int64(cfg.Sync.Memory))
+	opts.HTTP = func(ctx context.Context, ln net.Listener, h transport.Handler) error {
+		srv := httptransport.NewServer(h, httptransport.ServerOptions{Log: opts.Log})
+		stop := context.AfterFunc(ctx, func() { srv.Close() })
+		err := srv.Serve(ln)
+		stop()
+		err = errors.Join(srv.Close(), err)
+		if ctx.Err() != nil && errors.Is(err, transport.ErrClosed) {
+			return nil
+		}
+		return err
+	}
+	return hub.Run(ctx, cfg, opts)
 }
 
 // addHub adds what only a hub needs; a build with tag nohub leaves it out.
@@ -23,6 +38,7 @@ func addHub(a *app, root *cobra.Command) { root.AddCommand(newHub(a)) }
 
 func newHub(a *app) *cobra.Command {
 	var file, site string
+	var unsafeData bool
 	cmd := &cobra.Command{
 		Use:   "hub",
 		Short: "run the hub's service in the foreground",
@@ -39,10 +55,13 @@ with its history. It runs until SIGTERM or SIGINT.`,
 			}
 			ctx, stop := stopContext(cmd.Context())
 			defer stop()
-			return runHub(ctx, cfg, hub.Options{Version: readBuildInfo().Version, Site: site, Watcher: watcher(), Log: newLogger(a, cfg.Log)})
+			return runHub(ctx, cfg, hub.Options{
+				Version: readBuildInfo().Version, Site: site, UnsafeData: unsafeData, Watcher: watcher(), Log: newLogger(a, cfg.Log),
+			})
 		},
 	}
 	cmd.Flags().StringVar(&file, "config", "", "configuration `FILE` (default "+hub.ConfigFile+")")
+	cmd.Flags().BoolVar(&unsafeData, "unsafe-data", false, "accept a data folder on a file system that may lose what was synced")
 	cmd.Flags().StringVar(&site, "site", "", "`ID` of the site, for a hub that has lost everything")
 	return cmd
 }

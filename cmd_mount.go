@@ -3,9 +3,12 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"net/url"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"sync"
 	"syscall"
 
@@ -13,11 +16,38 @@ import (
 
 	"github.com/litefs-agent/litefs-agent/agent"
 	"github.com/litefs-agent/litefs-agent/internal/config"
+	"github.com/litefs-agent/litefs-agent/transport"
+	httptransport "github.com/litefs-agent/litefs-agent/transport/http"
 )
 
 // runNode is the node's service.
 func runNode(ctx context.Context, cfg agent.Config, opts agent.Options) error {
+	tuneMemory(int64(cfg.Sync.Memory))
+	opts.Dial = dial
 	return agent.Run(ctx, cfg, opts)
+}
+
+// dial makes the way to the hub at a URL of the configuration.
+func dial(rawURL string) (transport.Dialer, error) {
+	u, err := url.Parse(rawURL)
+	switch {
+	case err != nil:
+		return nil, err
+	case u.Scheme != "http":
+		return nil, fmt.Errorf("%s: this version carries the link over http:// only", u.Redacted())
+	}
+	return httptransport.NewDialer(rawURL, httptransport.DialOptions{})
+}
+
+// tuneMemory keeps the process small: memory is what boards have least of.
+// budget is that of overlays, journals and WALs.
+func tuneMemory(budget int64) {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(50)
+	}
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(16<<20 + 2*budget)
+	}
 }
 
 func newMount(a *app) *cobra.Command {

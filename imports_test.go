@@ -18,12 +18,14 @@ type importRule struct {
 }
 
 var importRules = []importRule{
-	{"", []string{"agent", "hub", "fuse", "proxy", "transport/...", "store", "ltx", "internal/..."},
+	{"", []string{"agent", "hub", "service", "fuse", "proxy", "transport/...", "store", "ltx", "internal/..."},
 		"main wires everything together"},
-	{"agent", []string{"store", "transport", "ltx", "internal/..."},
+	{"agent", []string{"service", "store", "transport", "ltx", "internal/..."},
 		"a node ships what the engine records over any link; main hands it link, mount and proxy"},
-	{"hub", []string{"store", "transport", "ltx", "internal/..."},
+	{"hub", []string{"service", "store", "transport", "ltx", "internal/..."},
 		"a hub likewise; it knows nodes only by what a link says"},
+	{"service", []string{"store", "fuse", "ltx", "internal/..."},
+		"what node and hub share: data folder, engine, mount, answers to commands; it knows no link"},
 	{"fuse", []string{"store", "ltx", "internal/..."},
 		"the mount is a view of the engine: it must work without any hub"},
 	{"transport", []string{"ltx", "internal/..."},
@@ -36,6 +38,8 @@ var importRules = []importRule{
 		"the engine is the same on node and hub and knows neither them nor links nor the mount"},
 	{"proxy", []string{"ltx", "internal/..."},
 		"knows positions through an interface of its own, so that it can be tested without an engine"},
+	{"e2e", []string{"internal/..."},
+		"tests of the built program"},
 	{"ltx", nil,
 		"a format that strangers import: it brings nothing of ours"},
 	{"internal", []string{"ltx", "internal/..."},

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"path"
+	"strings"
 	"time"
 
 	"github.com/litefs-agent/litefs-agent/internal/commitlog"
@@ -85,10 +86,15 @@ func (st *Store) Apply(in Incoming) (*DB, error) {
 }
 
 func (st *Store) checkIncoming(name string) error {
-	if name == "" || path.Clean("/"+name) != "/"+name || len(name) > 1024 {
+	if !ValidName(name) {
 		return fmt.Errorf("%q is no database name: %w", name, ErrCorrupt)
 	}
 	return nil
+}
+
+// ValidName reports whether name can be the path of a database below a mount.
+func ValidName(name string) bool {
+	return name != "" && path.Clean("/"+name) == "/"+name && len(name) <= 1024 && !strings.Contains(name, "\x00")
 }
 
 // incomingDB returns the database of a name, made if there is none.

@@ -138,3 +138,10 @@ func (db *DB) NewHistory() error {
 		"old", fmt.Sprintf("%016x", oldHistory), "new", fmt.Sprintf("%016x", m.History))
 	return db.writeMeta(m, false)
 }
+
+// Acked returns the position that the hub has confirmed.
+func (db *DB) Acked() ltx.Pos {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	return db.recs.acked
+}

@@ -1,0 +1,169 @@
+package hub
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/litefs-agent/litefs-agent/internal/config"
+	"github.com/litefs-agent/litefs-agent/internal/disk"
+	"github.com/litefs-agent/litefs-agent/transport"
+)
+
+// A registry is what the hub knows of its nodes, a file each in the folder
+// "sessions" of the data folder. A number is durable before a node gets it.
+type registry struct {
+	fs disk.FS
+
+	mu    sync.Mutex // guards nodes; held while a file is written
+	nodes map[string]*node
+}
+
+// A node is the JSON of its file. What is not in it is known since the start.
+type node struct {
+	Session  uint64    `json:"session"`  // the number issued last
+	Before   uint64    `json:"before"`   // the one before, good until the node is heard: a Welcome may be lost
+	Hardware uint64    `json:"hardware"` // hash of the board's serial number
+	Version  string    `json:"version"`
+	Seen     time.Time `json:"seen"`
+
+	connected bool
+}
+
+const sessionsDir = "sessions"
+
+func openRegistry(fsys disk.FS) (*registry, error) {
+	r := &registry{fs: fsys, nodes: make(map[string]*node)}
+	if err := disk.MkdirAll(fsys, sessionsDir, 0o700); err != nil {
+		return nil, fmt.Errorf("make %s in the data folder: %w", sessionsDir, err)
+	}
+	list, err := fsys.ReadDir(sessionsDir)
+	if err != nil {
+		return nil, err
+	}
+	for _, entry := range list {
+		id, ok := strings.CutSuffix(entry.Name(), ".json")
+		if !ok || !config.ValidID(id) {
+			continue
+		}
+		b, err := disk.ReadFile(fsys, path.Join(sessionsDir, entry.Name()), 64<<10)
+		n := new(node)
+		if err == nil {
+			err = json.Unmarshal(b, n)
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("read %s of node %s: %w", sessionsDir, id, err)
+		}
+		r.nodes[id] = n
+	}
+	return r, nil
+}
+
+// welcome checks the number and hardware that a node presents, and issues the
+// next number. A stale number from other hardware is a clone's; from the same, a
+// restored card's; the right number from other hardware is a moved card's.
+func (r *registry) welcome(hello *transport.Hello, log *slog.Logger) (uint64, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	n := r.nodes[hello.Node]
+	if n == nil {
+		n = new(node)
+	}
+	current := n.Session == 0 || hello.Session == n.Session || hello.Session == n.Before && n.Before != 0 || hello.Session > n.Session
+	other := n.Session != 0 && n.Hardware != hello.Hardware
+	switch {
+	case !current && other:
+		log.Error("a node with an old session number on other hardware is refused: a clone of another card?", "peer", hello.Node)
+		return 0, transport.Refuse(transport.CodeClone,
+			"this card was cloned or replaced: node %s has gone on elsewhere; give this one another [node] id and an empty data folder", hello.Node)
+	case other:
+		log.Warn("node is on other hardware than before: a moved card", "peer", hello.Node)
+	case !current:
+		log.Warn("node has an old session number: a restored or new card", "peer", hello.Node)
+	}
+	next := node{
+		Session: max(n.Session, hello.Session) + 1, Before: hello.Session, Hardware: hello.Hardware,
+		Version: hello.AgentVersion, Seen: time.Now().UTC(),
+	}
+	if err := r.write(hello.Node, next); err != nil {
+		return 0, err
+	}
+	r.nodes[hello.Node] = &next
+	return next.Session, nil
+}
+
+func (r *registry) write(id string, n node) error {
+	b, err := json.Marshal(n)
+	if err == nil {
+		err = disk.WriteFileAtomic(r.fs, path.Join(sessionsDir, id+".json"), b)
+	}
+	if err != nil {
+		return fmt.Errorf("keep the session number of %s: %w", id, err)
+	}
+	return nil
+}
+
+// connected notes that the session of a node has begun.
+func (r *registry) connected(hello *transport.Hello) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if n := r.nodes[hello.Node]; n != nil {
+		n.connected = true
+	}
+}
+
+// seen notes when the node was last heard, at the end of its session.
+func (r *registry) seen(id string, at time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if n := r.nodes[id]; n != nil {
+		n.connected, n.Seen = false, at.UTC()
+		_ = r.write(id, *n) // for status only
+	}
+}
+
+// list returns the ids of all nodes, ascending, and copies of what is known.
+func (r *registry) list() (ids []string, nodes map[string]node) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	nodes = make(map[string]node, len(r.nodes))
+	for id, n := range r.nodes {
+		ids = append(ids, id)
+		nodes[id] = *n
+	}
+	slices.Sort(ids)
+	return ids, nodes
+}
+
+// siteFile holds the site, 32 hex digits.
+const siteFile = "site"
+
+// keptSite returns the site of the data folder. Where there is none it keeps
+// asked, or else one that it makes.
+func keptSite(fsys disk.FS, asked string, make func() transport.Site) (transport.Site, error) {
+	b, err := disk.ReadFile(fsys, siteFile, 1024)
+	kept := strings.TrimSpace(string(b))
+	switch {
+	case err == nil && asked != "" && asked != kept:
+		return transport.Site{}, fmt.Errorf("the data folder is of site %s, --site says %s: leave --site away, or start with an empty data folder", kept, asked)
+	case err == nil:
+		return parseSite(kept)
+	case !errors.Is(err, os.ErrNotExist):
+		return transport.Site{}, err
+	}
+	site := make()
+	if asked != "" {
+		if site, err = parseSite(asked); err != nil {
+			return site, err
+		}
+	}
+	return site, disk.WriteFileAtomic(fsys, siteFile, []byte(site.String()+"\n"))
+}

@@ -1,0 +1,520 @@
+package hub
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/litefs-agent/litefs-agent/internal/disk"
+	"github.com/litefs-agent/litefs-agent/ltx"
+	"github.com/litefs-agent/litefs-agent/store"
+	"github.com/litefs-agent/litefs-agent/transport"
+)
+
+const (
+	// memoryStream is the size in bytes up to which a stream is put together in
+	// memory.
+	memoryStream = 256 << 10
+	// queueBytes bounds the records of one session that wait to be applied.
+	queueBytes = 8 << 20
+	// streamMargin is what must stay free in the data folder beside a stream.
+	streamMargin = 16 << 20
+)
+
+// A session is one node's, seen from the hub. One goroutine receives; each
+// database with something to apply has one, so that none waits for another.
+type session struct {
+	h      *Ingest
+	node   string
+	c      transport.Conn
+	cancel context.CancelCauseFunc
+	done   chan struct{} // closed when nothing is under way any more
+	wg     sync.WaitGroup
+
+	in      transport.Inbound  // owned by receive
+	streams map[uint64]*stream // owned by receive
+
+	mu     sync.Mutex // guards what follows
+	room   *sync.Cond // queued has fallen, or closed
+	queues map[string][]*record
+	queued int64 // bytes in memory of all queues
+	groups map[uint64]*group
+	closed bool
+
+	sendMu sync.Mutex // held while a snapshot is sent; guards sendN
+	sendN  uint64     // streams sent
+}
+
+// A record has arrived whole.
+type record struct {
+	push  *transport.Push // without payload
+	body  io.ReaderAt
+	size  int64
+	close func()
+	cost  int64 // bytes in memory
+	err   error // what applying it gave
+}
+
+// A stream is a record of which more is to come.
+type stream struct {
+	push *transport.Push
+	mem  []byte
+	file disk.File // nil while mem is enough
+	size int64
+}
+
+// A group is a transaction over several databases, whose records wait for each
+// other.
+type group struct {
+	records []*record
+	applied chan struct{} // closed when all were applied, or none
+}
+
+func newSession(h *Ingest, node string, c transport.Conn, cancel context.CancelCauseFunc) *session {
+	s := &session{
+		h: h, node: node, c: c, cancel: cancel, done: make(chan struct{}),
+		streams: make(map[uint64]*stream), queues: make(map[string][]*record), groups: make(map[uint64]*group),
+	}
+	s.in.Max = maxStreams
+	s.room = sync.NewCond(&s.mu)
+	return s
+}
+
+// maxStreams is what the hub announces: transport's default.
+const maxStreams = 16
+
+func (s *session) run(ctx context.Context) error {
+	stop := context.AfterFunc(ctx, func() {
+		s.mu.Lock()
+		s.closed = true
+		s.room.Broadcast()
+		s.mu.Unlock()
+	})
+	defer stop()
+	err := s.receive(ctx)
+	s.cancel(err)
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	s.wg.Wait()
+	for _, st := range s.streams {
+		st.close()
+	}
+	return err
+}
+
+func (s *session) receive(ctx context.Context) error {
+	for {
+		m, err := s.c.Recv(ctx)
+		if err != nil {
+			return err
+		}
+		switch m := m.(type) {
+		case *transport.Push:
+			err = s.push(ctx, m)
+		case *transport.Data:
+			err = s.data(ctx, m)
+		case *transport.Cancel:
+			if s.in.Drop(m.Stream) != nil {
+				s.forget(m.Stream)
+			}
+		case *transport.Subscribe:
+			err = s.subscribe(ctx, m)
+		case *transport.Unsubscribe, *transport.Nak, *transport.Ack:
+			// A node says how a restore went; the next hello says it again.
+		default:
+			err = transport.Refuse(transport.CodeProtocol, "%s is not for a hub", m.Kind())
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+func (s *session) push(ctx context.Context, p *transport.Push) error {
+	if err := s.in.Push(p); err != nil {
+		return bye(err)
+	}
+	if !store.ValidName(p.Name) || len(nameAt(s.node, p.Name)) > transport.MaxName {
+		s.in.Drop(p.Stream)
+		return s.refuse(ctx, p, transport.NakRefused, errors.New("not a name for a database"))
+	}
+	if p.Last {
+		body := p.Payload
+		p.Payload = nil
+		return s.enqueue(ctx, &record{push: p, body: bytes.NewReader(body), size: int64(len(body)), cost: int64(len(body))})
+	}
+	st := &stream{push: p}
+	s.streams[p.Stream] = st
+	payload := p.Payload
+	p.Payload = nil
+	return s.grow(ctx, st, payload)
+}
+
+func (s *session) data(ctx context.Context, d *transport.Data) error {
+	p, err := s.in.Data(d)
+	if err != nil {
+		return bye(err)
+	}
+	st := s.streams[d.Stream]
+	if p == nil || st == nil {
+		return nil // given up
+	}
+	if err := s.grow(ctx, st, d.Payload); err != nil || !d.Last || s.streams[d.Stream] == nil {
+		return err
+	}
+	delete(s.streams, d.Stream)
+	r := &record{push: st.push, size: st.size}
+	if st.file != nil {
+		r.body, r.close = st.file, func() { _ = st.file.Close() }
+	} else {
+		r.body, r.cost = bytes.NewReader(st.mem), st.size
+	}
+	return s.enqueue(ctx, r)
+}
+
+// grow adds bytes to a stream; where there is no room for them the node is told
+// to try again later.
+func (s *session) grow(ctx context.Context, st *stream, b []byte) error {
+	err := s.write(st, b)
+	if err == nil {
+		return nil
+	}
+	s.h.log.Warn("record refused: no room for it in the data folder", "peer", s.node, "db", st.push.Name, "err", err)
+	s.in.Drop(st.push.Stream)
+	s.forget(st.push.Stream)
+	return s.refuse(ctx, st.push, transport.NakBusy, err)
+}
+
+func (s *session) write(st *stream, b []byte) error {
+	if st.file == nil && int64(len(st.mem)+len(b)) <= memoryStream && st.push.Size <= memoryStream {
+		st.mem = append(st.mem, b...)
+		st.size += int64(len(b))
+		return nil
+	}
+	if st.file == nil {
+		free, err := s.h.opt.FS.Free()
+		if err != nil {
+			return err
+		}
+		// It is kept twice while it is applied.
+		if need := 2*max(st.push.Size, 0) + streamMargin; free < need {
+			return fmt.Errorf("%w: %d bytes free, %d needed", syscall.ENOSPC, free, need)
+		}
+		if st.file, err = s.h.opt.FS.CreateTemp("."); err != nil {
+			return err
+		}
+		if _, err := st.file.WriteAt(st.mem, 0); err != nil {
+			return err
+		}
+		st.mem = nil
+	}
+	if _, err := st.file.WriteAt(b, st.size); err != nil {
+		return err
+	}
+	st.size += int64(len(b))
+	return nil
+}
+
+func (s *session) forget(number uint64) {
+	if st := s.streams[number]; st != nil {
+		st.close()
+		delete(s.streams, number)
+	}
+}
+
+func (st *stream) close() {
+	if st.file != nil {
+		_ = st.file.Close()
+	}
+}
+
+// enqueue hands a record to its database's goroutine. It waits while too much is
+// queued, which stops the node.
+func (s *session) enqueue(ctx context.Context, r *record) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.queued > 0 && s.queued+r.cost > queueBytes && !s.closed {
+		s.room.Wait()
+	}
+	if s.closed {
+		r.done()
+		return context.Cause(ctx)
+	}
+	s.queued += r.cost
+	if g := r.push.Group; g != 0 && s.groups[g] == nil {
+		s.groups[g] = &group{applied: make(chan struct{})}
+	}
+	name := r.push.Name
+	queue, running := s.queues[name]
+	s.queues[name] = append(queue, r)
+	if !running {
+		s.wg.Go(func() { s.work(ctx, name) })
+	}
+	return nil
+}
+
+func (r *record) done() {
+	if r.close != nil {
+		r.close()
+		r.close = nil
+	}
+}
+
+// work applies what is queued of one database, in order, until nothing is left.
+// What came while it was busy is made durable by one flush, and acknowledged at
+// once: a group commit over all databases and nodes.
+func (s *session) work(ctx context.Context, name string) {
+	for {
+		s.mu.Lock()
+		list := s.queues[name]
+		if len(list) == 0 {
+			delete(s.queues, name)
+			s.mu.Unlock()
+			return
+		}
+		s.queues[name] = nil
+		s.mu.Unlock()
+		s.applyAll(ctx, name, list)
+		s.mu.Lock()
+		for _, r := range list {
+			s.queued -= r.cost
+			r.done()
+		}
+		s.room.Broadcast()
+		s.mu.Unlock()
+	}
+}
+
+func (s *session) applyAll(ctx context.Context, name string, list []*record) {
+	any := false
+	for _, r := range list {
+		if ctx.Err() != nil {
+			return // the node sends it again
+		}
+		if r.push.Group != 0 {
+			r.err = s.applyGroup(ctx, r)
+		} else {
+			r.err = s.apply(r)
+		}
+		if r.err == nil {
+			any = true
+			continue
+		}
+		if ctx.Err() == nil {
+			s.answer(ctx, r)
+		}
+	}
+	if !any {
+		return
+	}
+	db := s.h.opt.Store.DB(nameAt(s.node, name))
+	if db == nil {
+		return
+	}
+	info := db.Info()
+	if err := db.Sync(); err != nil {
+		s.h.log.Error("records cannot be made durable", "peer", s.node, "db", name, "err", err)
+		s.cancel(transport.Refuse(transport.CodeInternal, "the hub's disk fails"))
+		return
+	}
+	_ = s.c.Send(ctx, &transport.Ack{ // an error is the session's end
+		Name: name, History: transport.History(info.History), Epoch: transport.Epoch(info.Epoch),
+		Pos: info.Pos, Level: transport.AckDurable,
+	})
+}
+
+func (s *session) apply(r *record) error {
+	in, err := s.h.incoming(s.node, r)
+	if err != nil {
+		return err
+	}
+	db, err := s.h.opt.Store.Apply(in)
+	if err != nil {
+		return err
+	}
+	return s.check(db, r.push)
+}
+
+// check finds a record that the engine took for one it has, and is not.
+func (s *session) check(db *store.DB, p *transport.Push) error {
+	pos := db.Info().Pos
+	if pos.TXID == p.MaxTXID && pos.PostApplyChecksum != p.PostApply {
+		return &store.PositionError{Name: p.Name, Have: pos, Start: ltx.Pos{TXID: p.MinTXID - 1, PostApplyChecksum: p.PreApply}}
+	}
+	return nil
+}
+
+// groupWait bounds how long the records of a group wait for each other.
+const groupWait = 30 * time.Second
+
+// applyGroup waits until every record of the group has reached its turn; the last
+// one applies them all.
+func (s *session) applyGroup(ctx context.Context, r *record) error {
+	s.mu.Lock()
+	g := s.groups[r.push.Group]
+	if g == nil {
+		s.mu.Unlock()
+		return errGivenUp
+	}
+	g.records = append(g.records, r)
+	last := len(g.records) >= int(r.push.Parts)
+	s.mu.Unlock()
+	if last {
+		s.applyParts(g.records)
+		s.endGroup(r.push.Group, g)
+		return r.err
+	}
+	select {
+	case <-g.applied:
+		return r.err
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(groupWait):
+	}
+	s.mu.Lock()
+	waiting := s.groups[r.push.Group] == g && len(g.records) < int(r.push.Parts)
+	if waiting {
+		for _, x := range g.records {
+			x.err = errGivenUp
+		}
+		delete(s.groups, r.push.Group)
+	}
+	s.mu.Unlock()
+	if waiting {
+		close(g.applied)
+	}
+	<-g.applied
+	return r.err
+}
+
+var errGivenUp = errors.New("the other records of its transaction did not come")
+
+func (s *session) endGroup(number uint64, g *group) {
+	s.mu.Lock()
+	delete(s.groups, number)
+	s.mu.Unlock()
+	close(g.applied)
+}
+
+func (s *session) applyParts(list []*record) {
+	var all []store.Incoming
+	var err error
+	for _, r := range list {
+		var in store.Incoming
+		if in, err = s.h.incoming(s.node, r); err != nil {
+			break
+		}
+		if in.Replace {
+			err = fmt.Errorf("%s: %w", in.Name, store.ErrHistory)
+			break
+		}
+		all = append(all, in)
+	}
+	if err == nil {
+		err = s.h.opt.Store.ApplyGroup(all)
+	}
+	for _, r := range list {
+		r.err = err
+		if db := s.h.opt.Store.DB(nameAt(s.node, r.push.Name)); err == nil && db != nil {
+			r.err = s.check(db, r.push)
+		}
+	}
+}
+
+// answer tells the node why a record was not taken, and where the hub stands.
+func (s *session) answer(ctx context.Context, r *record) {
+	code := transport.NakBusy
+	switch {
+	case errors.Is(r.err, store.ErrPosition):
+		code = transport.NakPosMismatch
+	case errors.Is(r.err, store.ErrHistory):
+		code = transport.NakUnknownHistory
+	case errors.Is(r.err, store.ErrCorrupt):
+		code = transport.NakCorrupt
+	case errors.Is(r.err, errHold):
+		code = transport.NakRefused
+	case errors.Is(r.err, errGivenUp):
+		code = transport.NakCanceled
+	}
+	level := s.h.log.Debug
+	if code != transport.NakPosMismatch && code != transport.NakUnknownHistory {
+		level = s.h.log.Warn
+	}
+	level("record not taken", "peer", s.node, "db", r.push.Name, "txid", r.push.MaxTXID, "err", r.err)
+	_ = s.refuse(ctx, r.push, code, r.err) // an error is the session's end
+}
+
+// refuse sends the Nak of a push.
+func (s *session) refuse(ctx context.Context, p *transport.Push, code transport.NakCode, err error) error {
+	nak := &transport.Nak{Name: p.Name, Code: code, MinTXID: p.MinTXID, MaxTXID: p.MaxTXID, Stream: p.Stream}
+	if nak.Text = err.Error(); len(nak.Text) > transport.MaxText {
+		nak.Text = nak.Text[:transport.MaxText]
+	}
+	if code == transport.NakBusy {
+		nak.RetryAfter = time.Second
+	}
+	if db := s.h.opt.Store.DB(nameAt(s.node, p.Name)); db != nil {
+		if err := db.Sync(); err != nil {
+			return bye(err)
+		}
+		d := s.h.state(s.node, db)
+		nak.History, nak.Epoch, nak.Pos = d.History, d.Epoch, d.Pos
+	}
+	return s.c.Send(ctx, nak)
+}
+
+// bye makes an error the reason that the node is told.
+func bye(err error) error {
+	switch {
+	case errors.Is(err, transport.ErrTooLarge):
+		return transport.Refuse(transport.CodeTooLarge, "%v", err)
+	case errors.Is(err, transport.ErrCorrupt):
+		return transport.Refuse(transport.CodeCorrupt, "%v", err)
+	}
+	return err
+}
+
+// subscribe answers a node that asks for its database: a snapshot. Following a
+// database is not for a node's own, so the subscription ends with it.
+func (s *session) subscribe(ctx context.Context, m *transport.Subscribe) error {
+	db := s.h.opt.Store.DB(nameAt(s.node, m.Name))
+	if db == nil {
+		return s.c.Send(ctx, &transport.Nak{Name: m.Name, Code: transport.NakUnknownDatabase, Text: "no such database"})
+	}
+	s.wg.Go(func() {
+		if err := s.sendSnapshot(ctx, m.Name, db); err != nil && ctx.Err() == nil {
+			s.h.log.Warn("snapshot not sent", "peer", s.node, "db", m.Name, "err", err)
+			_ = s.c.Send(ctx, &transport.Nak{Name: m.Name, Code: transport.NakBusy, Text: "see the hub's log", RetryAfter: time.Second})
+		}
+	})
+	return nil
+}
+
+func (s *session) sendSnapshot(ctx context.Context, name string, db *store.DB) error {
+	s.sendMu.Lock()
+	defer s.sendMu.Unlock()
+	sh, err := db.SnapshotShipment()
+	if err != nil {
+		return err
+	}
+	defer sh.Body.Close()
+	s.sendN++
+	p := &transport.Push{
+		Stream: s.sendN, Name: name, History: transport.History(sh.History), Epoch: transport.Epoch(sh.Epoch),
+		Flags: transport.PushSnapshot, MinTXID: sh.Min, MaxTXID: sh.Max, PostApply: sh.Post,
+		CommitTime: sh.Time, PageSize: sh.PageSize, Size: sh.Size,
+	}
+	if sh.Commit == 0 {
+		p.Flags |= transport.PushDrop
+	}
+	return transport.SendPush(ctx, s.c, p, sh.Body)
+}
+
+// heard is when the node was last heard.
+func (s *session) heard() time.Time { return time.Now().Add(-s.c.Stats().LastHeard) }
