@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"math"
@@ -93,6 +94,7 @@ func (st *Store) flushAll() error {
 	}
 	clear(st.flushList)
 	st.flushListMu.Unlock()
+	slices.SortFunc(list, func(a, b *DB) int { return cmp.Compare(a.id, b.id) })
 	var errs []error
 	for _, db := range list {
 		if err := db.flush(); err != nil {
@@ -255,6 +257,13 @@ func (st *Store) checkpoint(below commitlog.LSN) error {
 	var list []*DB
 	for _, db := range st.all() {
 		db.mu.Lock()
+		if p := db.pend; p != nil {
+			below = min(below, p.lsn) // only the log has it until it is confirmed
+		}
+		db.mu.Unlock()
+	}
+	for _, db := range st.all() {
+		db.mu.Lock()
 		if db.dirty != 0 && db.dirty < below {
 			list = append(list, db)
 		}
@@ -326,20 +335,9 @@ func (db *DB) beginBase(below commitlog.LSN, many bool) (baseMove, error) {
 		base = db.base
 	}
 	gone := db.dropped
-	b.side, db.side = db.side, nil
 	db.mu.Unlock()
-	if files := db.files.Load(); !many && !gone && files != nil {
-		if err := files.data.Datasync(); err != nil {
-			err = fmt.Errorf("%s: make the database file durable: %w", db.name, err)
-			db.fenceWith(err)
-			return b, err
-		}
-		if err := files.sums.Datasync(); err != nil {
-			err = fmt.Errorf("%s: make the checksum file durable: %w", db.name, err)
-			db.fenceWith(err)
-			return b, err
-		}
-		if err := db.st.fs.SyncDir(db.dir); err != nil {
+	if !gone {
+		if err := db.syncFiles(base, many); err != nil {
 			return b, err
 		}
 	}
@@ -351,11 +349,43 @@ func (db *DB) beginBase(below commitlog.LSN, many bool) (baseMove, error) {
 	db.mu.Lock()
 	defer db.mu.Unlock()
 	b.meta = db.metaLocked(base)
+	b.side = slices.Clone(db.side)
 	b.dirty = db.dirty
 	if below > 0 {
 		b.dirty = db.dirtyAbove(below)
 	}
 	return b, nil
+}
+
+// syncFiles makes the files of db durable (unless one syncfs for many follows)
+// at base: also what recovery, or a checkpoint before they were closed, wrote to
+// them. db.flushMu is held.
+func (db *DB) syncFiles(base position, many bool) error {
+	files, err := db.openFiles(false)
+	if files == nil || err != nil {
+		return err
+	}
+	// Pages at the end that SQLite never wrote.
+	if size, err := files.data.Size(); err != nil {
+		return err
+	} else if size < base.size() {
+		if err := files.data.Truncate(base.size()); err != nil {
+			return fmt.Errorf("%s: extend to %d: %w", db.name, base.size(), err)
+		}
+	}
+	if many {
+		return nil
+	}
+	err = files.data.Datasync()
+	if err == nil {
+		err = files.sums.Datasync()
+	}
+	if err != nil {
+		err = fmt.Errorf("%s: make its files durable: %w", db.name, err)
+		db.fenceWith(err)
+		return err
+	}
+	return db.st.fs.SyncDir(db.dir)
 }
 
 // dirtyAbove returns the first log record at or above lsn that is not in the
@@ -369,15 +399,20 @@ func (db *DB) dirtyAbove(below commitlog.LSN) commitlog.LSN {
 
 func (db *DB) finishBase(b baseMove) {
 	db.mu.Lock()
+	defer db.mu.Unlock()
 	db.base = b.meta.base()
-	db.dirty = b.dirty
-	db.mu.Unlock()
-	for _, name := range b.side {
-		_ = db.st.fs.Remove(name)
+	if b.dirty == 0 && max(db.last, db.lastAny) > b.meta.LSN {
+		b.dirty = b.meta.LSN + 1 // appended meanwhile
 	}
-	db.mu.Lock()
+	db.dirty = b.dirty
+	for _, name := range b.side {
+		// A new transaction may have taken the name of an aborted one.
+		if i := slices.Index(db.side, name); i >= 0 {
+			db.side = slices.Delete(db.side, i, i+1)
+			_ = db.st.fs.Remove(name)
+		}
+	}
 	if !db.file.inUse() {
 		db.closeFiles()
 	}
-	db.mu.Unlock()
 }

@@ -312,7 +312,7 @@ func (db *DB) writeSide(in Incoming, h ltx.Header) (string, error) {
 	if err := disk.MkdirAll(db.st.fs, dir, 0o700); err != nil {
 		return "", err
 	}
-	name := path.Join(dir, ltx.FormatFilename(h.MinTXID, h.MaxTXID))
+	name := path.Join(dir, sideFilename(h.MinTXID, h.MaxTXID))
 	return name, db.st.copyDurable(name, io.NewSectionReader(in.LTX, 0, in.Size))
 }
 

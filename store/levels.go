@@ -1,12 +1,13 @@
 package store
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path"
 	"slices"
-	"time"
+	"strings"
 
 	"github.com/litefs-agent/litefs-agent/internal/commitlog"
 	"github.com/litefs-agent/litefs-agent/internal/disk"
@@ -41,13 +42,20 @@ func (db *DB) keepHistory(below commitlog.LSN, base position) error {
 	}
 	db.mu.Lock()
 	db.recs.list = append(kept, db.recs.list[n:]...)
+	db.dropFiles(list[:drop])
 	db.mu.Unlock()
-	for _, e := range list[:drop] {
+	return db.mergeLevels(base)
+}
+
+// dropFiles has the files of entries that do not count any more removed when the
+// metadata with the new base is durable: until then recovery needs them. db.mu is
+// held.
+func (db *DB) dropFiles(list []entry) {
+	for _, e := range list {
 		if e.path != "" {
-			_ = db.st.fs.Remove(e.path)
+			db.side = append(db.side, e.path)
 		}
 	}
-	return db.mergeLevels(base)
 }
 
 // neededFrom returns the first TXID whose record must be kept. db.mu is held.
@@ -76,7 +84,9 @@ func (db *DB) writeLevels(list []entry, acked, sent ltx.TXID) ([]entry, error) {
 	for i := 0; i < len(list); {
 		e := list[i]
 		if e.path != "" {
-			e.lsn = 0
+			if err := db.keepSideFile(&e); err != nil {
+				return nil, err
+			}
 			kept = append(kept, e)
 			i++
 			continue
@@ -99,6 +109,24 @@ func (db *DB) writeLevels(list []entry, acked, sent ltx.TXID) ([]entry, error) {
 		i = k
 	}
 	return kept, nil
+}
+
+// keepSideFile makes the side file of a log record a level file.
+func (db *DB) keepSideFile(e *entry) error {
+	e.lsn, e.group = 0, 0
+	name, ok := strings.CutSuffix(e.path, extSide)
+	if !ok {
+		return nil
+	}
+	err := db.st.fs.Rename(e.path, name+extLevel)
+	if err == nil {
+		err = db.st.fs.SyncDir(path.Dir(name))
+	}
+	if err != nil {
+		return fmt.Errorf("%s: keep %s: %w", db.name, e.path, err)
+	}
+	e.path = name + extLevel
+	return nil
 }
 
 // writeLevel compacts consecutive records into one durable file.
@@ -193,21 +221,34 @@ func (db *DB) mergeLevels(base position) error {
 	if n <= maxLevelFiles {
 		return nil
 	}
-	from := 0
-	for from < n && list[from].max <= acked && list[from].max <= base.TXID {
-		from++
+	// Those that the hub may stand between (sent and not acked) stay single, and
+	// what recovery does not need stays apart.
+	class := func(e entry) int {
+		switch {
+		case e.max <= acked && e.max <= base.TXID:
+			return 0
+		case e.max <= acked:
+			return 1
+		case e.min > sent:
+			return 2
+		}
+		return 3
 	}
 	var kept []entry
-	for _, part := range [][]entry{list[:from], list[from:]} {
-		if len(part) < 2 || part[0].min <= sent && part[0].min > acked {
-			kept = append(kept, part...)
-			continue
+	for i := 0; i < n; {
+		k := i + 1
+		for k < n && class(list[i]) != 3 && class(list[k]) == class(list[i]) {
+			k++
 		}
-		e, err := db.writeLevel(2, part)
-		if err != nil {
-			return err
+		e := list[i]
+		if k > i+1 {
+			var err error
+			if e, err = db.writeLevel(2, list[i:k]); err != nil {
+				return err
+			}
 		}
 		kept = append(kept, e)
+		i = k
 	}
 	return db.replaceLevels(list, kept)
 }
@@ -216,13 +257,11 @@ func (db *DB) mergeLevels(base position) error {
 // files that no longer count.
 func (db *DB) replaceLevels(old, kept []entry) error {
 	db.mu.Lock()
+	defer db.mu.Unlock()
 	db.recs.list = append(slices.Clone(kept), db.recs.list[len(old):]...)
-	db.mu.Unlock()
-	for _, e := range old {
-		if !slices.ContainsFunc(kept, func(k entry) bool { return k.path == e.path }) {
-			_ = db.st.fs.Remove(e.path)
-		}
-	}
+	db.dropFiles(slices.DeleteFunc(slices.Clone(old), func(e entry) bool {
+		return slices.ContainsFunc(kept, func(k entry) bool { return k.path == e.path })
+	}))
 	return nil
 }
 
@@ -232,6 +271,9 @@ func (st *Store) openRecord(e entry) (io.ReadCloser, error) {
 		return io.NopCloser(io.NewSectionReader(logReader{st.wlog, e.ref}, e.off, e.size)), nil
 	}
 	f, err := st.fs.OpenFile(e.path, os.O_RDONLY, 0)
+	if name, ok := strings.CutSuffix(e.path, extSide); ok && errors.Is(err, os.ErrNotExist) {
+		f, err = st.fs.OpenFile(name+extLevel, os.O_RDONLY, 0) // it has become a level file meanwhile
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -253,5 +295,3 @@ func (r logReader) ReadAt(p []byte, off int64) (int, error) {
 	}
 	return len(p), nil
 }
-
-var _ = time.Second

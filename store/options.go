@@ -53,6 +53,8 @@ type Options struct {
 	Rand   io.Reader        // default crypto/rand
 	Now    func() time.Time // default time.Now
 	Logger *slog.Logger     // nil discards
+
+	inline bool // tests: no goroutines, so that the order of disk operations repeats
 }
 
 func (o Options) withDefaults() Options {

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -369,6 +370,18 @@ func (db *DB) levelDir(level int) string {
 	return path.Join(db.dir, fmt.Sprintf("%016x", db.history), fmt.Sprint(level))
 }
 
+// A side file has an ending of its own while the log refers to it: only what a
+// record of the log names counts. It becomes a level file when the log is about
+// to lose that record.
+const (
+	extSide  = ".side"
+	extLevel = ".ltx"
+)
+
+func sideFilename(min, max ltx.TXID) string {
+	return strings.TrimSuffix(ltx.FormatFilename(min, max), extLevel) + extSide
+}
+
 func (db *DB) newSideEncoder(h ltx.Header) (*sideEncoder, error) {
 	if db.history == 0 {
 		db.history = db.st.random()
@@ -380,7 +393,7 @@ func (db *DB) newSideEncoder(h ltx.Header) (*sideEncoder, error) {
 	if err := disk.MkdirAll(db.st.fs, dir, 0o700); err != nil {
 		return nil, fmt.Errorf("%s: make %s: %w", db.name, dir, err)
 	}
-	e := &sideEncoder{db: db, h: h, name: path.Join(dir, ltx.FormatFilename(h.MinTXID, h.MaxTXID))}
+	e := &sideEncoder{db: db, h: h, name: path.Join(dir, sideFilename(h.MinTXID, h.MaxTXID))}
 	if i := slices.Index(db.side, e.name); i >= 0 {
 		// The log still refers to an aborted file of that name: its abort comes first.
 		if err := db.st.wlog.Wait(db.last); err != nil {

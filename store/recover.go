@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -40,10 +41,14 @@ func (st *Store) recover() error {
 		return err
 	}
 	var err error
-	st.wlog, err = commitlog.Open(commitlog.Options{
+	lo := commitlog.Options{
 		FS: st.fs, Dir: logDir, SegmentSize: st.opt.SegmentSize, Target: st.ringTarget,
 		FlushAfter: st.flushAfter(), NoDirect: st.opt.NoDirect, Logger: st.log, Rand: st.opt.Rand,
-	}, r.replay)
+	}
+	if st.opt.inline {
+		lo = lo.Inline()
+	}
+	st.wlog, err = commitlog.Open(lo, r.replay)
 	if err != nil {
 		return fmt.Errorf("open the log: %w", err)
 	}
@@ -213,7 +218,7 @@ func (db *DB) parseEntry(rec commitlog.Record, off int64, body []byte) (entry, e
 		}
 		post = body[ltx.HeaderSize:]
 		size = int64(binary.BigEndian.Uint64(body[ltx.HeaderSize+ltx.TrailerSize:]))
-		e.path = path.Join(db.dir, fmt.Sprintf("%016x", rec.History), "0", ltx.FormatFilename(h.MinTXID, h.MaxTXID))
+		e.path = path.Join(db.dir, fmt.Sprintf("%016x", rec.History), "0", sideFilename(h.MinTXID, h.MaxTXID))
 	}
 	e.fill(h, ltx.Checksum(binary.BigEndian.Uint64(post)), size)
 	e.full = e.full || rec.Flags&flagFull != 0
@@ -235,6 +240,9 @@ func (e *entry) fill(h ltx.Header, post ltx.Checksum, size int64) {
 // base, then level files and log records above it.
 func (x *recovering) finish() error {
 	db := x.db
+	if err := x.findSideFiles(); err != nil {
+		return err
+	}
 	files, err := db.levelFiles(x.logged)
 	if err != nil {
 		return err
@@ -287,6 +295,23 @@ func (x *recovering) finish() error {
 	return db.st.place(db)
 }
 
+// findSideFiles takes those references out of what was logged whose file has
+// gone into a level file already.
+func (x *recovering) findSideFiles() error {
+	var err error
+	x.logged = slices.DeleteFunc(x.logged, func(e entry) bool {
+		if e.path == "" {
+			return false
+		}
+		_, serr := x.db.st.fs.Stat(e.path)
+		if serr != nil && !errors.Is(serr, os.ErrNotExist) {
+			err = serr
+		}
+		return serr != nil
+	})
+	return err
+}
+
 // place shows a database at the mount.
 func (st *Store) place(db *DB) error {
 	f := db.file
@@ -333,7 +358,7 @@ func (db *DB) levelFiles(logged []entry) ([]entry, error) {
 				continue
 			}
 			e, err := db.readLevelFile(name)
-			if err != nil || strings.HasSuffix(name, ".tmp") {
+			if err != nil || !strings.HasSuffix(name, extLevel) {
 				if err := db.st.fs.Remove(name); err != nil {
 					return nil, err
 				}
@@ -376,39 +401,22 @@ func (db *DB) readLevelFile(name string) (entry, error) {
 }
 
 // chainEntries joins level files and log records to one ascending history
-// without gaps, and leaves out files that a larger one covers.
+// without gaps, and leaves out those that a larger one covers.
 func chainEntries(files, logged []entry) []entry {
-	slices.SortFunc(files, func(a, b entry) int {
-		switch {
-		case a.min != b.min:
-			return int(int64(a.min) - int64(b.min))
-		case a.max > b.max:
-			return -1
-		}
-		return 1
+	all := slices.Concat(logged, files)
+	slices.SortStableFunc(all, func(a, b entry) int {
+		return cmp.Or(cmp.Compare(a.min, b.min), cmp.Compare(b.max, a.max))
 	})
 	var list []entry
-	add := func(e entry) {
+	for _, e := range all {
 		n := len(list)
 		switch {
 		case n > 0 && e.max <= list[n-1].max:
-			return
+			continue
 		case n > 0 && (e.min != list[n-1].max+1 || e.pre != list[n-1].post && !e.full):
 			list = list[:0] // a gap: only what follows it can be shipped
 		}
 		list = append(list, e)
-	}
-	for _, e := range files {
-		if len(logged) > 0 && e.max >= logged[0].min {
-			// The log has it, or a crash came before the index forgot the log's.
-			if e.min >= logged[0].min {
-				continue
-			}
-		}
-		add(e)
-	}
-	for _, e := range logged {
-		add(e)
 	}
 	return list
 }

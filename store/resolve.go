@@ -191,6 +191,10 @@ func (db *DB) settle() {
 			return
 		}
 		db.st.resolveSoon(db)
+		if db.st.opt.inline {
+			db.st.resolveAll(true)
+			return
+		}
 		select {
 		case <-ch:
 		case <-db.st.done:

@@ -122,6 +122,9 @@ func Open(opt Options) (*Store, error) {
 		}
 		return nil, err
 	}
+	if opt.inline {
+		return st, nil
+	}
 	st.wg.Add(3)
 	go st.resolveLoop()
 	go st.flushLoop()
@@ -275,7 +278,7 @@ func (st *Store) committed(db *DB) {
 
 // later runs fn with the mount, outside of requests and without locks.
 func (st *Store) later(fn func(Peer)) {
-	if st.peer() == nil {
+	if st.peer() == nil || st.opt.inline {
 		return
 	}
 	st.laterMu.Lock()
@@ -309,6 +312,9 @@ func (st *Store) laterLoop() {
 
 // after runs fn once after d, unless the store is closed before.
 func (st *Store) after(d time.Duration, fn func()) {
+	if st.opt.inline {
+		return
+	}
 	time.AfterFunc(d, func() {
 		select {
 		case <-st.done:

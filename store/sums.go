@@ -3,6 +3,8 @@ package store
 import (
 	"encoding/binary"
 	"io"
+	"maps"
+	"slices"
 
 	"github.com/litefs-agent/litefs-agent/ltx"
 )
@@ -39,8 +41,8 @@ func (db *DB) sum(pgno uint32) (uint64, error) {
 // durable past.
 func writeSums(f io.WriterAt, sums map[uint32]uint64) error {
 	var b [sumSize]byte
-	for pgno, v := range sums {
-		binary.BigEndian.PutUint64(b[:], v)
+	for _, pgno := range slices.Sorted(maps.Keys(sums)) {
+		binary.BigEndian.PutUint64(b[:], sums[pgno])
 		if _, err := f.WriteAt(b[:], int64(pgno-1)*sumSize); err != nil {
 			return err
 		}

@@ -2,6 +2,7 @@ package store
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 
 	"github.com/litefs-agent/litefs-agent/internal/commitlog"
@@ -417,8 +418,8 @@ func (db *DB) resetWAL(w *walState, sqlite bool) error {
 			db.log.Warn("WAL removed before its checkpoint: pages kept", "pages", len(w.pages))
 		}
 		buf := make([]byte, w.header.PageSize)
-		for pgno, off := range w.pages {
-			if _, err := w.data.ReadAt(buf, off); err != nil {
+		for _, pgno := range slices.Sorted(maps.Keys(w.pages)) {
+			if _, err := w.data.ReadAt(buf, w.pages[pgno]); err != nil {
 				return err
 			}
 			if err := db.putCommitted(buf, int64(pgno-1)*int64(len(buf))); err != nil {
