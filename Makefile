@@ -23,7 +23,7 @@ AS_ROOT     = $(if $(filter-out 0,$(shell id -u)),sudo)
 export CGO_ENABLED := 0
 export VERSION COMMIT
 
-.PHONY: help build install demo test race test-arm check fmt vet lint imports cross bench bench-go fuzz man setup clean
+.PHONY: help build install demo fresh test race test-arm check fmt vet lint imports cross bench bench-go fuzz man setup clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ setup: ## install the Debian packages that tests and demo need, where they are m
 
 demo: setup build ## a hub and a node on loopback in a temporary folder, shown at work
 	bin/litefs-agent demo
+
+fresh: ## make demo in a fresh Debian 12 tree that has only git, make, curl and Go
+	scripts/fresh.sh make demo
 
 test: setup build ## every test; fails on a skipped one too
 	$(GO) run ./internal/tools/citest ./...

@@ -142,7 +142,7 @@ var (
 			if err := unix.Statfs(base, &st); err != nil {
 				continue
 			}
-			switch st.Type {
+			switch uint32(st.Type) { // 32 bits on 32-bit boards, some of them negative
 			case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.F2FS_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC:
 				dir, err := os.MkdirTemp(base, "lfse2e-")
 				if err != nil {
