@@ -222,7 +222,7 @@ func (fs *memFS) Rename(oldPath, newPath string, noReplace bool) error {
 		if noReplace {
 			return store.ErrExist
 		}
-		if there.child != nil && len(there.child) > 0 {
+		if len(there.child) > 0 {
 			return store.ErrNotEmpty
 		}
 		there.mu.Lock()

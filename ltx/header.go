@@ -175,11 +175,6 @@ type Trailer struct {
 	FileChecksum      Checksum // of the file, its last eight bytes excluded; pages count uncompressed
 }
 
-func (t Trailer) appendTo(b []byte) []byte {
-	b = binary.BigEndian.AppendUint64(b, uint64(t.PostApplyChecksum))
-	return binary.BigEndian.AppendUint64(b, uint64(t.FileChecksum))
-}
-
 func trailerOf(b []byte) Trailer {
 	return Trailer{
 		PostApplyChecksum: Checksum(binary.BigEndian.Uint64(b)),

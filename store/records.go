@@ -62,9 +62,6 @@ func (r *records) backlog() (b Backlog) {
 	return b
 }
 
-// trim forgets entries up to txid that no longer lie anywhere.
-func (r *records) drop(n int) { r.list = slices.Delete(r.list, 0, n) }
-
 // lastTime returns the commit time of the newest record, else ms.
 func (r *records) lastTime(ms int64) time.Time {
 	if n := len(r.list); n > 0 {
