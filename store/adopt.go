@@ -64,12 +64,22 @@ func (st *Store) adopt(f *file, name string) error {
 	if err != nil {
 		return err
 	}
-	defer b.Close()
+	defer func() {
+		if b != nil {
+			_ = b.Close()
+		}
+	}()
 	c, err := wholeDatabase(b)
 	if err != nil {
 		return err
 	}
 	db := st.databaseFor(f, name)
+	// What a drop left in memory must not come over the copied file.
+	db.flushMu.Lock()
+	defer db.flushMu.Unlock()
+	if err := db.flushLocked(); err != nil {
+		return err
+	}
 	db.mu.Lock()
 	defer db.mu.Unlock()
 	if db.exists || db.dropped || db.journal != nil && db.journal.open {
@@ -85,6 +95,11 @@ func (st *Store) adopt(f *file, name string) error {
 	}
 	top := db.stack.Load().committed[0]
 	top.takes, top.adopted = true, true
+	f.mu.Lock()
+	if f.back == nil {
+		f.back, b = b, nil // reads go through it until the file has moved
+	}
+	f.mu.Unlock()
 	f.isDB.Store(true)
 	db.size.Store(p.after.size())
 	db.confirm(p)
@@ -244,17 +259,43 @@ func (db *DB) encodeDrop() (*pending, error) {
 	return p, err
 }
 
+// heir returns an object that continues the history of db with another file.
+// db.mu is held.
+func (st *Store) heir(db *DB, f *file) *DB {
+	nd := st.newDB(f, db.name)
+	nd.id, nd.history, nd.epoch = db.id, db.history, db.epoch
+	nd.at, nd.last, nd.lastAny, nd.lastTime = db.at, db.last, db.lastAny, db.lastTime
+	nd.base, nd.applied, nd.metaSeq, nd.dirty = db.base, db.applied, db.metaSeq, db.dirty
+	nd.recs, nd.side, nd.metaSlot = db.recs, db.side, db.metaSlot
+	return nd
+}
+
+// rebind makes f, which took the name of a dropped database by a rename or lost
+// it by one, the file of that history.
+func (st *Store) rebind(db *DB, f *file) {
+	db.flushMu.Lock()
+	defer db.flushMu.Unlock()
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	if db.dropped || db.exists {
+		return
+	}
+	nd := st.heir(db, f)
+	nd.stack.Store(db.stack.Load())
+	db.stack.Store(&layers{committed: []*layer{newLayer(st.pool)}})
+	db.dropped, db.side = true, nil
+	st.nsMu.Lock()
+	st.byName[db.name], st.byID[db.id] = nd, nd
+	st.nsMu.Unlock()
+	st.flushSoon(nd)
+}
+
 // succeed ends db with the drop p, and makes the object that continues its
 // history. db.flushMu and db.mu are held.
 func (st *Store) succeed(db *DB, p *pending) *DB {
 	f := db.file
 	db.exists = false
-	nf := st.newFile(db.name, f.mode.Load())
-	nd := st.newDB(nf, db.name)
-	nd.id, nd.history, nd.epoch = db.id, db.history, db.epoch
-	nd.at, nd.last, nd.lastAny, nd.lastTime = db.at, db.last, db.lastAny, db.lastTime
-	nd.base, nd.applied, nd.metaSeq, nd.dirty = db.base, db.applied, db.metaSeq, db.dirty
-	nd.recs, nd.side = db.recs, db.side
+	nd := st.heir(db, st.newFile(db.name, f.mode.Load()))
 	top := nd.stack.Load().committed[0]
 	top.fresh = true
 	top.cut(0)
@@ -268,6 +309,11 @@ func (st *Store) succeed(db *DB, p *pending) *DB {
 		}
 	}
 	st.nsMu.Unlock()
+	if f.backed() { // not flushed since it was an ordinary file: the name must not find that again
+		if err := st.fs.Remove(path.Join(filesDir, db.name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			st.log.Warn("dropped database is left as an ordinary file", "db", db.name, "err", err)
+		}
+	}
 	nd.confirm(p)
 	nd.exists = false
 	db.dropped = true

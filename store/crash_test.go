@@ -21,6 +21,7 @@ import (
 
 var (
 	crashSeed   = flag.Uint64("store.seed", 0, "run only the crash test of this seed, and say what it does")
+	crashOps    = flag.Bool("store.ops", false, "with -store.seed: say every operation of the disk")
 	crashPoints = flag.Int("store.points", 1000, "number of crash points of TestCrashSoak")
 )
 
@@ -195,6 +196,9 @@ func (c *crasher) step() {
 
 // hook injects errors of the disk.
 func (c *crasher) hook(op simdisk.Op) error {
+	if *crashOps {
+		c.logf("%+v", op)
+	}
 	if c.failing == 0 {
 		return nil
 	}
@@ -234,6 +238,7 @@ func (c *crasher) run() {
 			c.stopAt = 1 << 60
 		}
 		c.d.StopAt(c.stopAt)
+		c.logf("==== life %d stops at %d", life, c.stopAt)
 		if !c.open() {
 			c.counts.inOpen++
 		} else {
@@ -298,8 +303,20 @@ func (c *crasher) open() bool {
 	c.st = st
 	c.w.FS = testFS{st}
 	st.Attach(testPeer{c.w})
+	// The machine does not stop while we look.
+	rest := c.stopAt - c.d.Ordinal()
+	c.stopAt = 1 << 60
+	c.d.StopAt(0)
+	defer func() {
+		c.stopAt = min(c.stopAt, c.d.Ordinal()+rest)
+		c.d.StopAt(c.stopAt)
+	}()
 	for _, db := range st.all() {
 		if err := db.fenced(); err != nil {
+			c.logf("%s: at %+v base %+v", db.name, db.at, db.base)
+			for _, e := range db.recs.list {
+				c.logf("record %d-%d lsn %d commit %d full %v path %q", e.min, e.max, e.lsn, e.commit, e.full, e.path)
+			}
 			c.fatalf("after Open: %v", err)
 		}
 	}

@@ -89,6 +89,7 @@ type DB struct {
 	onDisk   atomic.Bool // the database file was made
 	filesMu  sync.Mutex  // held while opening and closing files
 	metaFile disk.File   // guarded by flushMu
+	metaSlot int         // of the newest durable metadata; guarded by flushMu
 }
 
 const dbsDir = "dbs"
@@ -162,28 +163,36 @@ func (db *DB) readCommitted(p []byte, off int64) error {
 
 // readFile reads the file itself; beyond its end there are zeros.
 func (db *DB) readFile(p []byte, off int64) error {
-	var f disk.File
-	if of := db.file; of.backed() {
-		f = of.backing()
-	} else {
-		files, err := db.openFiles(false)
-		if err != nil {
+	for {
+		f, err := db.under()
+		if f == nil || err != nil {
+			clear(p)
 			return err
 		}
-		if files != nil {
-			f = files.data
+		n, err := f.ReadAt(p, off)
+		clear(p[n:])
+		if err == io.EOF {
+			return nil
+		}
+		if now, uerr := db.under(); errors.Is(err, os.ErrClosed) && uerr == nil && now != f {
+			continue // the ordinary file became the database's meanwhile
+		}
+		return err
+	}
+}
+
+// under returns the file that lies under the layers, nil if there is none yet.
+func (db *DB) under() (disk.File, error) {
+	if of := db.file; of.backed() {
+		if f := of.backing(); f != nil || of.backed() {
+			return f, nil
 		}
 	}
-	if f == nil {
-		clear(p)
-		return nil
+	files, err := db.openFiles(false)
+	if files == nil || err != nil {
+		return nil, err
 	}
-	n, err := f.ReadAt(p, off)
-	clear(p[n:])
-	if err == io.EOF {
-		return nil
-	}
-	return err
+	return files.data, nil
 }
 
 // dbFiles are the open database and checksum files.

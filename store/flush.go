@@ -222,6 +222,9 @@ func (db *DB) prepareFiles(l *layer) error {
 			return err
 		}
 		if l.adopted {
+			db.mu.Lock()
+			db.closeFiles() // those of a dropped database of the name
+			db.mu.Unlock()
 			if err := fsys.Rename(name, path.Join(db.dir, "data")); err != nil && !errors.Is(err, os.ErrNotExist) {
 				return fmt.Errorf("%s: take over the file: %w", db.name, err)
 			}
@@ -298,7 +301,11 @@ func (st *Store) moveBases(list []*DB, below commitlog.LSN) error {
 	}
 	if many {
 		if err := st.fs.SyncFS(); err != nil {
-			return fmt.Errorf("sync the data folder: %w", err)
+			err = fmt.Errorf("sync the data folder: %w", err)
+			for _, db := range list {
+				db.fenceWith(err) // nobody knows whose bytes were lost
+			}
+			return err
 		}
 	}
 	for i, db := range list {
@@ -312,6 +319,7 @@ func (st *Store) moveBases(list []*DB, below commitlog.LSN) error {
 		}
 	}
 	for i, db := range list {
+		db.metaSlot = 1 - db.metaSlot
 		db.finishBase(bases[i])
 	}
 	return nil
@@ -335,6 +343,10 @@ func (db *DB) beginBase(below commitlog.LSN, many bool) (baseMove, error) {
 		base = db.base
 	}
 	gone := db.dropped
+	if db.fenced() != nil {
+		// What its files hold is in doubt: level files keep what follows the base.
+		gone, base = true, db.base
+	}
 	db.mu.Unlock()
 	if !gone {
 		if err := db.syncFiles(base, many); err != nil {

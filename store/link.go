@@ -4,7 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path"
 	"slices"
+	"strconv"
+	"time"
 
 	"github.com/litefs-agent/litefs-agent/internal/commitlog"
 	"github.com/litefs-agent/litefs-agent/ltx"
@@ -136,7 +139,11 @@ func (db *DB) NewHistory() error {
 	}
 	db.log.Warn("the hub has another line of this database: a new history begins here",
 		"old", fmt.Sprintf("%016x", oldHistory), "new", fmt.Sprintf("%016x", m.History))
-	return db.writeMeta(m, false)
+	err = db.writeMeta(m, false)
+	if err == nil {
+		db.metaSlot = 1 - db.metaSlot
+	}
+	return err
 }
 
 // Acked returns the position that the hub has confirmed.
@@ -145,3 +152,45 @@ func (db *DB) Acked() ltx.Pos {
 	defer db.mu.Unlock()
 	return db.recs.acked
 }
+
+// A Branch is a history of a database that is not its current one, kept.
+type Branch struct {
+	History uint64
+	Pos     ltx.Pos
+	Since   time.Time
+	path    string
+}
+
+// Branches lists what was kept when another history replaced the present one.
+func (db *DB) Branches() []Branch {
+	dirs, err := db.st.fs.ReadDir(db.dir)
+	if err != nil {
+		return nil // nothing was ever written
+	}
+	var list []Branch
+	for _, d := range dirs {
+		history, err := strconv.ParseUint(d.Name(), 16, 64)
+		if err != nil || len(d.Name()) != 16 {
+			continue
+		}
+		dir := path.Join(db.dir, d.Name(), branchLevel)
+		names, err := db.st.fs.ReadDir(dir)
+		if err != nil {
+			continue
+		}
+		for _, n := range names {
+			e, err := db.readLevelFile(path.Join(dir, n.Name()))
+			if err != nil {
+				continue
+			}
+			list = append(list, Branch{
+				History: history, Pos: ltx.Pos{TXID: e.max, PostApplyChecksum: e.post},
+				Since: time.UnixMilli(e.time), path: e.path,
+			})
+		}
+	}
+	return list
+}
+
+// branchLevel is the level, as in names, of the snapshots of branches.
+const branchLevel = "9"

@@ -15,8 +15,9 @@ import (
 )
 
 // The metadata of a database is what the log would say of it up to LSN, written
-// when base moves. The file "meta" has two slots; a write goes to the older one,
-// so that a torn write leaves the other. A slot:
+// when base moves. The file "meta" has two slots; a write goes to the one that is
+// not known to be the newest durable one, so that a torn write leaves that. A
+// slot:
 //
 //	0        8        12       20          20+n
 //	+--------+--------+--------+-----------+
@@ -25,8 +26,8 @@ import (
 //
 // Integers are big-endian, the CRC is CRC-64/ISO of the JSON.
 const (
-	metaSlot  = 8192
-	metaMagic = "LFSMETA1"
+	metaSlotSize = 8192
+	metaMagic    = "LFSMETA1"
 )
 
 // dbMeta is the JSON of a slot.
@@ -46,6 +47,8 @@ type dbMeta struct {
 	Sent       ltx.TXID      `json:"sent"`
 	LSN        commitlog.LSN `json:"lsn"`     // log records of this database up to it are reflected here
 	Time       int64         `json:"time_ms"` // of the transaction at base
+
+	slot int // where it was read
 }
 
 func (m dbMeta) base() position {
@@ -73,10 +76,10 @@ func (db *DB) writeMeta(m dbMeta, many bool) error {
 	if err != nil {
 		return err
 	}
-	if len(body) > metaSlot-20 {
+	if len(body) > metaSlotSize-20 {
 		return fmt.Errorf("%s: metadata of %d bytes does not fit", db.name, len(body))
 	}
-	b := make([]byte, 20, metaSlot)
+	b := make([]byte, 20, metaSlotSize)
 	copy(b, metaMagic)
 	binary.BigEndian.PutUint32(b[8:], uint32(len(body)))
 	binary.BigEndian.PutUint64(b[12:], ltx.CRC64(0, body))
@@ -97,7 +100,7 @@ func (db *DB) writeMeta(m dbMeta, many bool) error {
 		}
 		db.metaFile = f
 	}
-	if _, err := db.metaFile.WriteAt(b, int64(m.Seq%2)*metaSlot); err != nil {
+	if _, err := db.metaFile.WriteAt(b, int64(1-db.metaSlot)*metaSlotSize); err != nil {
 		return fmt.Errorf("%s: write its metadata: %w", db.name, err)
 	}
 	if many {
@@ -122,16 +125,17 @@ func readMeta(fsys disk.FS, dir string) (m dbMeta, ok bool, err error) {
 		return m, false, err
 	}
 	defer f.Close()
-	b := make([]byte, 2*metaSlot)
+	b := make([]byte, 2*metaSlotSize)
 	n, err := f.ReadAt(b, 0)
 	if err != nil && err != io.EOF {
 		return m, false, err
 	}
 	b = b[:n]
-	for off := 0; off < len(b); off += metaSlot {
-		c, valid := parseMeta(b[off:min(off+metaSlot, len(b))])
+	for off := 0; off < len(b); off += metaSlotSize {
+		c, valid := parseMeta(b[off:min(off+metaSlotSize, len(b))])
 		if valid && (!ok || c.Seq > m.Seq) {
 			m, ok = c, true
+			m.slot = off / metaSlotSize
 		}
 	}
 	return m, ok, nil

@@ -83,6 +83,12 @@ func (r *recovery) readFolders() error {
 	if err != nil {
 		return fmt.Errorf("read the data folder: %w", err)
 	}
+	if len(dirs) > 0 {
+		// What a killed agent left in the page cache is going to be relied on.
+		if err := r.st.fs.SyncFS(); err != nil {
+			return fmt.Errorf("sync the data folder: %w", err)
+		}
+	}
 	for _, d := range dirs {
 		dir := path.Join(dbsDir, d.Name())
 		m, ok, err := readMeta(r.st.fs, dir)
@@ -249,7 +255,7 @@ func (x *recovering) finish() error {
 	}
 	list := chainEntries(files, x.logged)
 	if m := x.meta; x.hasMeta {
-		db.metaSeq = m.Seq
+		db.metaSeq, db.metaSlot = m.Seq, m.slot
 		if m.History == db.history {
 			db.base = m.base()
 		} else {

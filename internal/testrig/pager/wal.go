@@ -171,6 +171,14 @@ func (db *DB) commitWAL(ch Change) error {
 		db.restart()
 	}
 	v := db.next(ch)
+	for _, pgno := range slices.Sorted(maps.Keys(ch.Holes)) {
+		// A new page that is not written is what the file holds there.
+		if end := int64(pgno) * int64(v.PageSize); db.db.Size() < end {
+			ch.Pages[pgno] = v.Pages[pgno-1]
+		} else if err := readFull(db.db, v.Pages[pgno-1], end-int64(v.PageSize)); err != nil {
+			return err
+		}
+	}
 	list := append(slices.Sorted(maps.Keys(ch.Pages)), 1)
 	slices.Sort(list)
 	if !x.header || x.mx == 0 {
@@ -656,7 +664,7 @@ func (db *DB) Copy(maxPages int) error {
 	db.Mode = Delete
 	defer func() { db.Mode = mode }()
 	v := db.next(db.RandomVacuum(maxPages))
-	if db.Exists() {
+	if db.Exists() || db.w.FS.Exists(db.Name+"-journal") {
 		return nil
 	}
 	db.closeAll()
