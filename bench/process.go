@@ -38,7 +38,8 @@ func startWorker() (*worker, error) {
 	}
 	cmd := exec.Command(self, "work")
 	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Credential: &syscall.Credential{Uid: nobody, Gid: nobody}, Pdeathsig: syscall.SIGKILL, Setpgid: true,
+		// The mount belongs to the agent's group.
+		Credential: &syscall.Credential{Uid: nobody, Gid: nobody, Groups: []uint32{uint32(os.Getgid())}}, Pdeathsig: syscall.SIGKILL, Setpgid: true,
 	}
 	cmd.Dir, cmd.Stderr = "/", os.Stderr
 	in, err := cmd.StdinPipe()
@@ -91,7 +92,7 @@ func startAgent(ctx context.Context, binary, work, data, extra string) (*mounted
 	if err := os.MkdirAll(m.dir, 0o755); err != nil && !errors.Is(err, unix.ENOTCONN) && !errors.Is(err, os.ErrExist) {
 		return nil, err
 	}
-	config := fmt.Sprintf("[node]\nid = \"bench\"\ndata = %q\n[mount]\ndir = %q\nmethod = \"direct\"\nfile-mode = \"0666\"\ndir-mode = \"0777\"\n[status]\nsocket = %q\n%s",
+	config := fmt.Sprintf("[node]\nid = \"bench\"\ndata = %q\n[mount]\ndir = %q\nmethod = \"direct\"\n[status]\nsocket = %q\n%s",
 		data, m.dir, filepath.Join(work, "agent.sock"), extra)
 	file := filepath.Join(work, "config.toml")
 	if err := os.WriteFile(file, []byte(config), 0o644); err != nil {
