@@ -380,7 +380,7 @@ func (db *DB) keepBranch(history uint64) error {
 	db.log.Warn("another history replaces the present one, which is kept as a branch",
 		"history", fmt.Sprintf("%016x", db.history), "pos", db.at.Pos)
 	var b bytes.Buffer
-	dir := path.Join(db.dir, fmt.Sprintf("%016x", db.history), "9")
+	dir := path.Join(db.dir, fmt.Sprintf("%016x", db.history), branchLevel)
 	if err := db.makeDir(); err != nil {
 		return err
 	}
