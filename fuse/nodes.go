@@ -193,6 +193,13 @@ func (t *nodes) placeLocked(ino *inode, parent uint64, name string) {
 	t.byName[key] = ino
 }
 
+// at returns the inode that the kernel knows as name in parent, nil if none.
+func (t *nodes) at(parent uint64, name string) *inode {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.byName[childKey{parent, name}]
+}
+
 // unlink notes that name in parent is gone.
 func (t *nodes) unlink(parent uint64, name string) {
 	t.mu.Lock()

@@ -348,6 +348,10 @@ func (m *rawFS) Rename(_ <-chan struct{}, in *gofuse.RenameIn, oldName, newName 
 	if err := m.store.Rename(oldPath, newPath, in.Flags&unix.RENAME_NOREPLACE != 0); err != nil {
 		return m.status("rename", nil, err)
 	}
+	if ino := m.nodes.at(in.NodeId, oldName); ino != nil && ino.node.Attr().Nlink == 0 {
+		m.nodes.unlink(in.NodeId, oldName) // its content has moved, to another node
+		return gofuse.OK
+	}
 	m.nodes.rename(in.NodeId, oldName, in.Newdir, newName)
 	return gofuse.OK
 }

@@ -117,6 +117,9 @@ func (f *file) shmOpen() bool { return f.shmNode() != nil }
 // Open implements Node.
 func (f *file) Open(write bool) (Handle, error) {
 	f.st.adoptIfCandidate(f)
+	if f.isDB.Load() && f.gone.Load() {
+		return nil, ErrStale // dropped: the kernel looks the name up again
+	}
 	if db := f.db.Load(); db != nil && f.isDB.Load() && !f.backed() {
 		if _, err := db.openFiles(false); err != nil {
 			return nil, err

@@ -262,6 +262,12 @@ func (st *Store) databaseFor(f *file, name string) *DB {
 	if db := f.db.Load(); db != nil {
 		return db
 	}
+	st.nsMu.RLock()
+	old := st.byName[name]
+	st.nsMu.RUnlock()
+	if old != nil && old.id != 0 && old.file != f {
+		st.rebind(old, f)
+	}
 	st.nsMu.Lock()
 	db := st.byName[name]
 	if db == nil || db.file != f {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"path"
 	"strings"
+	"time"
 )
 
 // Rename implements FS. Ordinary files and folders are renamed. A database under
@@ -110,6 +111,9 @@ func (st *Store) renameFile(f *file, oldPath, newPath string, target Node) error
 	}
 	tf, _ := target.(*file)
 	if target != nil && tf == nil {
+		if target.Kind() != KindDir {
+			return fmt.Errorf("%s: %w", newPath, ErrReserved)
+		}
 		return fmt.Errorf("%s: %w", newPath, ErrIsDir)
 	}
 	if tf == f {
@@ -124,32 +128,47 @@ func (st *Store) renameFile(f *file, oldPath, newPath string, target Node) error
 	case sides > 0:
 		return fmt.Errorf("%s: has a journal or a WAL: %w", oldPath, ErrBusy)
 	case toDB:
-		return st.renameOver(f, fromDB, oldPath, tf)
+		return st.renameOver(f, fromDB, oldPath, newPath, tf)
 	case fromDB:
 		return st.renameDatabase(f, newPath, tf)
 	}
 	if err := st.fs.Rename(path.Join(filesDir, oldPath), path.Join(filesDir, newPath)); err != nil {
 		return fmt.Errorf("%s: %w", oldPath, err)
 	}
+	f.db.Store(nil)
 	st.nsMu.Lock()
-	defer st.nsMu.Unlock()
 	if tf != nil {
 		tf.gone.Store(true)
 	}
 	delete(st.files, oldPath)
-	if db := f.db.Swap(nil); db != nil && st.byName[oldPath] == db && db.id == 0 {
+	db := st.byName[oldPath]
+	if db != nil && db.id == 0 {
 		delete(st.byName, oldPath) // a journal was beside it and is gone: a file again
 	}
+	st.nsMu.Unlock()
+	if db != nil && db.id != 0 && db.file == f { // dropped before: its history stays with the name
+		st.rebind(db, st.newFile(oldPath, f.mode.Load()))
+	}
+	st.nsMu.Lock()
+	defer st.nsMu.Unlock()
 	st.files[newPath] = f
 	f.setPath(newPath)
 	return nil
 }
 
-// renameOver replaces the content of the database tf with that of f.
-func (st *Store) renameOver(f *file, fromDB bool, oldPath string, tf *file) error {
+// releaseTime is how long a rename waits for a program that has closed the
+// database: the kernel says so only after close(2) has returned.
+const releaseTime = 50 * time.Millisecond
+
+// renameOver replaces the content of the database tf with that of f. A program
+// that has tf open would go on with what it has cached.
+func (st *Store) renameOver(f *file, fromDB bool, oldPath, newPath string, tf *file) error {
 	db := tf.db.Load()
+	for started := time.Now(); tf.inUse() && time.Since(started) < releaseTime; {
+		time.Sleep(time.Millisecond)
+	}
 	tf.mu.Lock()
-	busy := tf.sides > 0
+	busy := tf.sides > 0 || tf.opens > 0
 	tf.mu.Unlock()
 	if busy {
 		return fmt.Errorf("%s: %w", db.name, ErrBusy)
@@ -159,9 +178,9 @@ func (st *Store) renameOver(f *file, fromDB bool, oldPath string, tf *file) erro
 		if err != nil {
 			return err
 		}
-		defer h.Release()
+		h.Release()
 		if f.isDB.Load() { // Open looked at it
-			return st.renameOver(f, true, oldPath, tf)
+			return st.renameOver(f, true, oldPath, newPath, tf)
 		}
 		return fmt.Errorf("%s: no SQLite database, cannot replace one: %w", oldPath, ErrOverwrite)
 	}
@@ -180,7 +199,17 @@ func (st *Store) renameOver(f *file, fromDB bool, oldPath string, tf *file) erro
 	if err != nil {
 		return err
 	}
-	return st.drop(src)
+	return st.dropRenamed(src, newPath)
+}
+
+// dropRenamed drops a database whose content has gone to newPath. The kernel
+// thinks that its node has, and must ask again.
+func (st *Store) dropRenamed(src *DB, newPath string) error {
+	err := st.drop(src)
+	if err == nil {
+		st.later(func(p Peer) { p.InvalidateEntry(newPath) })
+	}
+	return err
 }
 
 // content describes everything in the database, and holds its lock until unlock.
@@ -228,5 +257,5 @@ func (st *Store) renameDatabase(f *file, newPath string, tf *file) error {
 		_ = st.unlinkFile(newPath, nf)
 		return err
 	}
-	return st.drop(src)
+	return st.dropRenamed(src, newPath)
 }
