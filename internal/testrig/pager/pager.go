@@ -122,6 +122,7 @@ type DB struct {
 	shm      File
 	index    *walIndex
 	maybe    bool // the newest version is in flight, or a killed program left it undecided
+	undone   bool // with maybe: its rollback only had to end the journal
 	inWAL    bool // with maybe: its frames are in the WAL
 }
 
@@ -327,7 +328,7 @@ func (w *World) Run(fn func()) (alive bool) {
 // begin appends the version in flight.
 func (db *DB) begin(v Version) {
 	db.Versions = append(db.Versions[:db.last()+1], v)
-	db.maybe, db.inWAL = true, false
+	db.maybe, db.inWAL, db.undone = true, false, false
 }
 
 // last is the index of the newest version.

@@ -389,7 +389,8 @@ func (db *DB) decide(committed bool) {
 	if !db.maybe || db.inWAL {
 		return
 	}
-	if committed {
+	db.w.logf("%s: what was in flight is found committed=%v undone=%v", db.Name, committed, db.undone)
+	if committed && !db.undone {
 		db.accept(false, false)
 		return
 	}
@@ -468,6 +469,7 @@ func (db *DB) playback() error {
 			return err
 		}
 	}
+	db.undone = true // whoever finds no journal finds the old content
 	if db.Mode == WAL {
 		return db.removeJournal()
 	}
@@ -482,15 +484,20 @@ func (w *World) Group(dbs []*DB, changes []Change) error {
 	txns := make([]*txn, 0, len(dbs))
 	var superFile File
 	fail := func(err error) error {
-		w.logf("group failed: %v", err)
+		w.logf("group %s failed: %v", super, err)
 		errs := []error{err}
-		// SQLite removes the super-journal after the children were rolled back.
+		// SQLite removes the super-journal when no journal names it any more.
+		left := false
 		for _, t := range txns {
-			errs = append(errs, t.undo())
+			uerr := t.undo()
+			left = left || uerr != nil
+			errs = append(errs, uerr)
 			t.db.reserved = false
 		}
 		if superFile != nil {
 			superFile.Close()
+		}
+		if superFile != nil && !left {
 			w.step()
 			errs = append(errs, w.FS.Remove(super))
 		}

@@ -649,8 +649,9 @@ func (db *DB) Drop() error {
 		}
 		db.closeAll()
 	}
+	db.w.step()
 	db.begin(Version{})
-	if err := db.remove(""); err != nil {
+	if err := db.w.FS.Remove(db.Name); err != nil {
 		db.void(false)
 		return err
 	}
@@ -684,8 +685,8 @@ func (db *DB) Copy(maxPages int) error {
 			return err
 		}
 	}
-	db.begin(v)
 	db.w.step()
+	db.begin(v)
 	f.Close()
 	f = nil
 	if !db.w.FS.Exists(db.Name) { // a look-up waits for it
