@@ -124,7 +124,7 @@ func (m *rawFS) fill(out *gofuse.Attr, id uint64, a *store.Attr) {
 	out.Atimensec, out.Mtimensec, out.Ctimensec = nsec, nsec, nsec
 	out.Mode = a.Mode & 07777
 	if a.Kind == store.KindDir {
-		out.Mode |= syscall.S_IFDIR
+		out.Mode |= syscall.S_IFDIR | m.opt.DirMode&07000 // the group of a folder is that of what is made in it
 	} else {
 		out.Mode |= syscall.S_IFREG
 	}

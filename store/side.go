@@ -136,6 +136,9 @@ func (h *sideHandle) WriteAt(p []byte, off int64) (int, error) {
 }
 
 func (s *sideFile) writeAt(p []byte, off int64) error {
+	if o := s.owner; o != nil && s.kind != KindShm && o.isDB.Load() && o.gone.Load() {
+		return ErrStale // a commit to a dropped database would be accepted and lost
+	}
 	db := s.live()
 	if db == nil || s.kind == KindShm || s.kind == KindSuperJournal {
 		s.touch(s.st)

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -140,6 +141,24 @@ func (d *osFS) Remove(name string) error {
 		return err
 	}
 	return os.Remove(path)
+}
+
+// Chmod sets the permission bits of a file or folder, whatever the umask.
+func (d *osFS) Chmod(name string, mode os.FileMode) error {
+	path, err := d.path(name)
+	if err != nil {
+		return err
+	}
+	return os.Chmod(path, mode)
+}
+
+// Chtimes sets the time of the last change.
+func (d *osFS) Chtimes(name string, mtime time.Time) error {
+	path, err := d.path(name)
+	if err != nil {
+		return err
+	}
+	return os.Chtimes(path, time.Time{}, mtime)
 }
 
 func (d *osFS) Rename(oldname, newname string) error {
