@@ -70,6 +70,11 @@ func (t testFS) Exists(name string) bool {
 	return err == nil
 }
 
+func (t testFS) IsDatabase(name string) bool {
+	n, err := t.st.Lookup(name)
+	return err == nil && n.Kind() == KindDatabase
+}
+
 func (t testFS) Remove(name string) error { return notExist(t.st.Unlink(name)) }
 func (t testFS) Rename(oldName, newName string) error {
 	return notExist(t.st.Rename(oldName, newName, false))
@@ -155,7 +160,7 @@ func newCrasher(t testing.TB, seed uint64) *crasher {
 	}
 	c.maxPage = 4 + c.rng.IntN(30)
 	c.w = pager.New(nil, c.rng)
-	c.w.Step = c.step
+	c.w.Step, c.w.Down = c.step, c.stopped
 	return c
 }
 

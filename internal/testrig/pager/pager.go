@@ -23,6 +23,7 @@ type FS interface {
 	// Open opens a file, made if it is missing and create says so.
 	Open(name string, create bool) (File, error)
 	Exists(name string) bool
+	IsDatabase(name string) bool
 	Remove(name string) error
 	Rename(from, to string) error
 }
@@ -68,6 +69,7 @@ type World struct {
 	FS   FS
 	Rand *rand.Rand
 	Step func()                           // called before every call of FS; panics with Killed{} to end the program
+	Down func() bool                      // the machine has stopped: no answer reaches anybody
 	Logf func(format string, args ...any) // nil: silent
 	DBs  map[string]*DB
 
@@ -77,7 +79,7 @@ type World struct {
 
 // New makes a World without databases.
 func New(fs FS, rng *rand.Rand) *World {
-	return &World{FS: fs, Rand: rng, Step: func() {}, DBs: map[string]*DB{}}
+	return &World{FS: fs, Rand: rng, Step: func() {}, Down: func() bool { return false }, DBs: map[string]*DB{}}
 }
 
 func (w *World) logf(format string, args ...any) {
@@ -334,8 +336,15 @@ func (db *DB) begin(v Version) {
 // last is the index of the newest version.
 func (db *DB) last() int { return len(db.Versions) - 1 }
 
+func (w *World) alive() {
+	if w.Down() {
+		panic(Killed{})
+	}
+}
+
 // accept makes the newest version the committed one.
 func (db *DB) accept(acked, durable bool) {
+	db.w.alive()
 	db.Cur = db.last()
 	v := &db.Versions[db.Cur]
 	v.Acked, v.Durable = v.Acked || acked, v.Durable || durable
@@ -358,6 +367,7 @@ func (db *DB) void(gone bool) {
 
 // synced notes a successful FSYNC of a file of the database.
 func (db *DB) synced() {
+	db.w.alive()
 	for i := range db.Versions[:db.Cur+1] {
 		if !db.Versions[i].Void {
 			db.Versions[i].Durable = true

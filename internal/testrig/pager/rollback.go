@@ -35,6 +35,9 @@ func (db *DB) Commit(ch Change) error {
 		return db.commitWAL(ch)
 	}
 	if db.Mode == WAL {
+		if err := db.attachIfThere(); err != nil {
+			return err
+		}
 		if err := db.CloseWAL(); err != nil {
 			return err
 		}
@@ -167,6 +170,16 @@ func (t *txn) syncJournal() error {
 	}
 	if t.db.Sync == Full {
 		if err := t.db.sync(t.db.journal); err != nil {
+			return err
+		}
+	}
+	// Where the next header would be, an older transaction's must not stand.
+	var next [8]byte
+	at := (t.off + journalSector - 1) / journalSector * journalSector
+	if n, err := t.db.journal.ReadAt(next[:], at); err != nil {
+		return err
+	} else if n == 8 && string(next[:]) == journalMagic {
+		if err := t.db.write(t.db.journal, []byte{0}, at); err != nil {
 			return err
 		}
 	}
@@ -453,6 +466,7 @@ func (db *DB) playback() error {
 			}
 			pgno := binary.BigEndian.Uint32(rec)
 			if pgno == 0 || binary.BigEndian.Uint32(rec[4+ps:]) != pgno*2654435761+binary.BigEndian.Uint32(h[12:]) {
+				off = size // what an older transaction left
 				break
 			}
 			if int(pgno) <= old {

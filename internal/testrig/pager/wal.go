@@ -571,7 +571,10 @@ func (db *DB) SetMode(m Mode) error {
 		db.Mode = m
 		return db.touch()
 	}
-	if db.db != nil {
+	if db.w.FS.Exists(db.Name) {
+		if err := db.openFile(&db.db, "", false); err != nil {
+			return err
+		}
 		if err := db.hot(); err != nil {
 			return err
 		}
@@ -685,12 +688,13 @@ func (db *DB) Copy(maxPages int) error {
 			return err
 		}
 	}
-	db.w.step()
 	db.begin(v)
 	f.Close()
 	f = nil
-	if !db.w.FS.Exists(db.Name) { // a look-up waits for it
-		return fs.ErrNotExist
+	if !db.w.FS.IsDatabase(db.Name) { // a look-up waits for it
+		db.w.alive()
+		db.void(false)
+		return errors.New("a whole database was copied and stays a file")
 	}
 	db.accept(true, true)
 	return nil
