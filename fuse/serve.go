@@ -250,7 +250,12 @@ func (c *connection) take(k *call, n int) (mine bool) {
 // an ordinary file it is bracketed by beginWait.
 func (c *connection) waits(h *gofuse.InHeader, in []byte) bool {
 	switch h.Opcode {
-	case opFsync, opReaddir, opStatfs, opRename, opRename2, opMkdir, opRmdir, opMknod, opFallocate:
+	case opFsync:
+		// A journal is in memory, and what was committed before it is durable: the
+		// two FSYNCs of a journal in each transaction wait for nothing.
+		ino := c.fs.nodes.get(h.NodeId)
+		return ino != nil && ino.node.Kind() != store.KindJournal
+	case opReaddir, opStatfs, opRename, opRename2, opMkdir, opRmdir, opMknod, opFallocate:
 		return true
 	case opRead, opSetattr, opOpen, opRelease:
 		ino := c.fs.nodes.get(h.NodeId)

@@ -37,7 +37,8 @@ type pending struct {
 	entry entry
 	after position
 	sums  []pageSum // of the pages that changed
-	time  time.Time
+	time  time.Time // of the commit, by the clock that may be wrong
+	made  time.Time // the same, for measuring
 
 	wal              bool
 	walStart, walEnd int64  // its frames, as offsets in the WAL
@@ -80,6 +81,9 @@ func (db *DB) encode(c change, flags uint8, mode commitlog.Mode) (*pending, erro
 		return nil, fmt.Errorf("%s: append %s to the log: %w", db.name, p.after.Pos, err)
 	}
 	p.lsn, p.entry.lsn, p.entry.ref = lsn, lsn, ref
+	if db.st.opt.Shipping && h.Kind == commitlog.KindLTX {
+		db.st.recent.put(ref, payload)
+	}
 	db.last = lsn
 	db.markDirty(lsn)
 	return p, nil
@@ -151,7 +155,7 @@ func (db *DB) build(c change) (*pending, []byte, *scratch, error) {
 	resized := before.PageSize != 0 && before.PageSize != c.pageSize
 	pages := db.candidates(c)
 	now := db.st.opt.Now()
-	p := &pending{time: now}
+	p := &pending{time: now, made: time.Now()}
 	h := ltx.Header{
 		PageSize: c.pageSize, Commit: c.commit,
 		MinTXID: before.TXID + 1, MaxTXID: before.TXID + 1,

@@ -7,10 +7,14 @@ import (
 )
 
 // The resolver is the one goroutine that finds out whether tentative WAL records
-// were published. It looks first 50 µs after it was asked, then with doubling
-// pauses up to 100 ms, and sleeps while nothing is tentative.
+// were published. Whoever asks says how soon it pays to look: 50 µs after an
+// FSYNC, 2 ms after a commit that asked for none, where the next commit most
+// likely answers before. Then it looks with doubling pauses up to 100 ms, and
+// sleeps while nothing is tentative.
 const (
+	resolveNow   = 0
 	resolveFirst = 50 * time.Microsecond
+	resolveLazy  = 2 * time.Millisecond
 	resolveLast  = 100 * time.Millisecond
 )
 
@@ -18,39 +22,61 @@ const (
 // WAL format page, "WAL locks".
 const walWriteLock = 120
 
-// resolveSoon asks the resolver to look at a database. It never blocks.
-func (st *Store) resolveSoon(db *DB) {
+// resolveIn asks the resolver to look at a database after d at the latest. It
+// never blocks, and wakes the resolver only if that would have looked later.
+func (st *Store) resolveIn(db *DB, d time.Duration) {
+	at := st.sinceOpen() + d
 	st.resolveMu.Lock()
 	if st.resolving == nil {
 		st.resolving = make(map[*DB]struct{})
 	}
 	st.resolving[db] = struct{}{}
+	sooner := st.resolveAt == 0 || at < st.resolveAt
+	if sooner {
+		st.resolveAt = at
+	}
 	st.resolveMu.Unlock()
-	select {
-	case st.resolveKick <- struct{}{}:
-	default:
+	if sooner {
+		select {
+		case st.resolveKick <- struct{}{}:
+		default:
+		}
 	}
 }
+
+// sinceOpen is a clock that only goes forward and is never 0.
+func (st *Store) sinceOpen() time.Duration { return time.Since(st.opened) + 1 }
 
 func (st *Store) resolveLoop() {
 	defer st.wg.Done()
 	timer := time.NewTimer(time.Hour)
 	timer.Stop()
 	pause := resolveFirst
-	var started time.Time
 	for {
 		select {
 		case <-st.done:
 			return
 		case <-st.resolveKick:
-			pause, started = resolveFirst, time.Now()
+			pause = resolveFirst
 		case <-timer.C:
-			if st.resolveAll(time.Since(started) > resolveLast) == 0 {
-				continue
+			st.resolveMu.Lock()
+			st.resolveAt = 0
+			st.resolveMu.Unlock()
+			if st.resolveAll(false) > 0 {
+				st.resolveMu.Lock()
+				if next := st.sinceOpen() + pause; st.resolveAt == 0 || next < st.resolveAt {
+					st.resolveAt = next
+				}
+				st.resolveMu.Unlock()
+				pause = min(2*pause, resolveLast)
 			}
-			pause = min(2*pause, resolveLast)
 		}
-		timer.Reset(pause)
+		st.resolveMu.Lock()
+		at := st.resolveAt
+		st.resolveMu.Unlock()
+		if at != 0 {
+			timer.Reset(max(0, at-st.sinceOpen()))
+		}
 	}
 }
 
@@ -87,8 +113,8 @@ func (st *Store) resolveAll(force bool) int {
 }
 
 // resolve looks once whether the tentative record of db was published, and
-// reports whether nothing is tentative any more. With force, a record that
-// nobody is publishing (the write lock is free) is taken back.
+// reports whether nothing is tentative any more. An old record, with force any,
+// that nobody is publishing (the write lock is free) is taken back.
 func (db *DB) resolve(force bool) bool {
 	db.mu.Lock()
 	p, w := db.pend, db.wal
@@ -108,7 +134,7 @@ func (db *DB) resolve(force bool) bool {
 	case unknown:
 		return false
 	}
-	if !force {
+	if !force && time.Since(p.made) < resolveLast {
 		return false
 	}
 	ok, err := peer.LockShm(shm, walWriteLock, 1)
@@ -190,7 +216,7 @@ func (db *DB) settle() {
 		if p == nil || !p.wal {
 			return
 		}
-		db.st.resolveSoon(db)
+		db.st.resolveIn(db, resolveNow)
 		if db.st.opt.inline {
 			db.st.resolveAll(true)
 			return

@@ -51,7 +51,9 @@ type Store struct {
 
 	peerPtr atomic.Pointer[Peer]
 
-	resolveMu   sync.Mutex // guards resolving
+	opened      time.Time     // by New, then constant
+	resolveMu   sync.Mutex    // guards resolving and resolveAt
+	resolveAt   time.Duration // when the resolver looks next, since opened; 0: not at all
 	resolving   map[*DB]struct{}
 	resolveKick chan struct{}
 
@@ -69,6 +71,8 @@ type Store struct {
 
 	watchMu  sync.Mutex // guards watchers
 	watchers []func(*DB)
+
+	recent recent // records that a link is about to ask for
 
 	txN      atomic.Int64 // transactions confirmed since Open
 	freeLeft atomic.Int64 // bytes of the data folder that may be promised without asking again
@@ -93,7 +97,7 @@ var errNameTooLong = syscall.ENAMETOOLONG
 func Open(opt Options) (*Store, error) {
 	opt = opt.withDefaults()
 	st := &Store{
-		opt: opt, fs: opt.FS, log: opt.Logger,
+		opt: opt, fs: opt.FS, log: opt.Logger, opened: time.Now(),
 		files: make(map[string]*file), sides: make(map[string]*sideFile), dirs: make(map[string]*dir),
 		byName: make(map[string]*DB), byID: make(map[uint32]*DB),
 		computed:    make(map[string]*computed),
@@ -204,7 +208,7 @@ func (st *Store) DBs() []*DB {
 		st.adoptIfCandidate(f)
 	}
 	list := st.all()
-	list = slices.DeleteFunc(list, func(db *DB) bool { return db.Info().Pos.IsZero() })
+	list = slices.DeleteFunc(list, func(db *DB) bool { return db.Place().Pos.IsZero() })
 	slices.SortFunc(list, func(a, b *DB) int { return strings.Compare(a.name, b.name) })
 	return list
 }
@@ -220,7 +224,7 @@ func (st *Store) DB(name string) *DB {
 	st.nsMu.RLock()
 	db := st.byName[name]
 	st.nsMu.RUnlock()
-	if db == nil || db.Info().Pos.IsZero() {
+	if db == nil || db.Place().Pos.IsZero() {
 		return nil
 	}
 	return db

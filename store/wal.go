@@ -222,7 +222,7 @@ func (db *DB) commitFrames(w *walState, end int64, commit uint32) error {
 	}
 	db.pend = p
 	if db.file.shmOpen() {
-		db.st.resolveSoon(db)
+		db.st.resolveIn(db, resolveLazy)
 	} else {
 		db.confirmWAL(w, p) // locking_mode=EXCLUSIVE: nobody else can be asked
 	}
@@ -451,7 +451,7 @@ func (db *DB) syncWAL(w *walState) error {
 		return err
 	}
 	if tentative {
-		db.st.resolveSoon(db)
+		db.st.resolveIn(db, resolveFirst)
 	}
 	return nil
 }
