@@ -71,3 +71,8 @@ func checkDB(env *testrig.Env, path string) {
 }
 
 func name(format string, args ...any) string { return fmt.Sprintf(format, args...) }
+
+func readFile(path string) (string, error) {
+	b, err := os.ReadFile(path)
+	return string(b), err
+}
