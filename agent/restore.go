@@ -87,7 +87,7 @@ func (l *Link) lastErr() error {
 // fetch brings back one database.
 func (l *Link) fetch(ctx context.Context, c transport.Conn, d transport.DatabaseState) error {
 	if db := l.st.DB(d.Name); db != nil {
-		if info := db.Info(); info.History == uint64(d.History) && info.Pos == d.Pos {
+		if info := db.Place(); info.History == uint64(d.History) && info.Pos == d.Pos {
 			return nil // from a restore that was interrupted
 		}
 	}

@@ -522,9 +522,9 @@ func (s *session) start(x *shipping, db *store.DB, hub transport.DatabaseState) 
 		s.mu.Unlock()
 		return err
 	}
-	info = db.Info()
+	history := db.Place().History
 	s.mu.Lock()
-	x.history, x.whole = info.History, true
+	x.history, x.whole = history, true
 	s.mu.Unlock()
 	return db.SetAcked(ltx.Pos{})
 }

@@ -94,6 +94,9 @@ func diagnoseFusermount(opt Options) (cause, cure string) {
 	return "", ""
 }
 
+// MayAllowOther reports whether this process may use Options.AllowOther.
+func MayAllowOther() bool { return os.Geteuid() == 0 || userAllowOther() }
+
 // userAllowOther reports whether the file lets ordinary users use allow_other.
 func userAllowOther() bool {
 	b, err := os.ReadFile(fuseConf)

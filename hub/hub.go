@@ -185,8 +185,7 @@ func (h *Ingest) incoming(node string, r *record) (store.Incoming, error) {
 		return in, fmt.Errorf("announced %s to %s, holds %s to %s: %w", p.MinTXID, p.MaxTXID, header.MinTXID, header.MaxTXID, store.ErrCorrupt)
 	}
 	if db := h.opt.Store.DB(in.Name); db != nil {
-		info := db.Info()
-		if info.History != in.History {
+		if db.Place().History != in.History {
 			if h.opt.Hold {
 				return in, errHold
 			}

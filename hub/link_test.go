@@ -2,6 +2,7 @@ package hub_test
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"testing"
 	"time"
@@ -9,6 +10,11 @@ import (
 	"github.com/litefs-agent/litefs-agent/internal/simdisk"
 	"github.com/litefs-agent/litefs-agent/internal/testrig/pager"
 	"github.com/litefs-agent/litefs-agent/store"
+)
+
+var (
+	faultSeed   = flag.Uint64("hub.seed", 0, "first seed of TestShipThroughFaults")
+	faultRounds = flag.Int("hub.rounds", 12, "number of seeds of TestShipThroughFaults")
 )
 
 func TestShip(t *testing.T) {
@@ -24,11 +30,8 @@ func TestShip(t *testing.T) {
 // Whatever happens to either side and to the link, what is acknowledged is at the
 // hub, and in the end both have the same.
 func TestShipThroughFaults(t *testing.T) {
-	rounds := 12
-	if testing.Short() {
-		rounds = 3
-	}
-	for seed := range uint64(rounds) {
+	for i := range *faultRounds {
+		seed := *faultSeed + uint64(i)
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			t.Parallel()
 			r := newRig(t, seed)

@@ -33,11 +33,12 @@ const patience = 30 * time.Second
 
 // A rig is a node, a hub, and a relay between them.
 type rig struct {
-	tb    testing.TB
-	rng   *rand.Rand
-	log   *slog.Logger
-	site  transport.Site
-	relay *relay
+	tb     testing.TB
+	rng    *rand.Rand
+	log    *slog.Logger
+	site   transport.Site
+	relay  *relay
+	direct bool // the node dials the hub without the relay
 
 	nodeFS, hubFS disk.FS
 	nodeOpt       store.Options
@@ -71,16 +72,19 @@ func newRig(tb testing.TB, seed uint64) *rig {
 	}
 	r.linkOpt = agent.LinkOptions{ID: "n1", Hardware: 1, CompactFrom: 8, MinBackoff: time.Millisecond, MaxBackoff: 20 * time.Millisecond}
 	r.world = pager.New(nil, r.rng)
-	tb.Cleanup(func() {
-		r.closeLink()
-		r.closeHub(false)
-		if r.node != nil {
-			r.world.Kill()
-			_ = r.node.Close()
-		}
-		r.relay.close()
-	})
+	tb.Cleanup(r.stop)
 	return r
+}
+
+// stop ends everything. It may be called twice.
+func (r *rig) stop() {
+	r.closeLink()
+	r.closeHub(false)
+	if r.node != nil {
+		r.world.Kill()
+		_ = r.node.Close()
+	}
+	r.relay.close()
 }
 
 type testWriter struct{ tb testing.TB }
@@ -170,13 +174,17 @@ func (r *rig) startLink() {
 
 func (r *rig) newLink() {
 	r.tb.Helper()
-	d, err := httptransport.NewDialer("http://"+r.relay.addr, httptransport.DialOptions{Config: linkConfig, Mode: httptransport.ModeStream})
+	addr := r.relay.addr
+	if r.direct {
+		addr = r.relay.aimed()
+	}
+	d, err := httptransport.NewDialer("http://"+addr, httptransport.DialOptions{Config: linkConfig, Mode: httptransport.ModeStream})
 	if err != nil {
 		r.tb.Fatal(err)
 	}
 	opt := r.linkOpt
 	opt.FS, opt.Log = r.nodeFS, r.log.With("at", "node")
-	opt.Endpoints = []agent.Endpoint{{URL: "http://" + r.relay.addr, Dialer: d}}
+	opt.Endpoints = []agent.Endpoint{{URL: "http://" + addr, Dialer: d}}
 	if r.link, err = agent.NewLink(opt); err != nil {
 		r.tb.Fatal(err)
 	}
@@ -345,6 +353,11 @@ func (t nodeFS) Exists(name string) bool {
 	return err == nil
 }
 
+func (t nodeFS) IsDatabase(name string) bool {
+	n, err := t.st.Lookup(name)
+	return err == nil && n.Kind() == store.KindDatabase
+}
+
 func (t nodeFS) Remove(name string) error { return notExist(t.st.Unlink(name)) }
 func (t nodeFS) Rename(oldName, newName string) error {
 	return notExist(t.st.Rename(oldName, newName, false))
@@ -453,6 +466,12 @@ func (r *relay) aim(target string) {
 	r.target = target
 	r.mu.Unlock()
 	r.cut()
+}
+
+func (r *relay) aimed() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.target
 }
 
 func (r *relay) cut() {

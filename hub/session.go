@@ -317,7 +317,7 @@ func (s *session) applyAll(ctx context.Context, name string, list []*record) {
 	if db == nil {
 		return
 	}
-	info := db.Info()
+	info := db.Place()
 	if err := db.Sync(); err != nil {
 		s.h.log.Error("records cannot be made durable", "peer", s.node, "db", name, "err", err)
 		s.cancel(transport.Refuse(transport.CodeInternal, "the hub's disk fails"))
@@ -343,7 +343,7 @@ func (s *session) apply(r *record) error {
 
 // check finds a record that the engine took for one it has, and is not.
 func (s *session) check(db *store.DB, p *transport.Push) error {
-	pos := db.Info().Pos
+	pos := db.Place().Pos
 	if pos.TXID == p.MaxTXID && pos.PostApplyChecksum != p.PostApply {
 		return &store.PositionError{Name: p.Name, Have: pos, Start: ltx.Pos{TXID: p.MinTXID - 1, PostApplyChecksum: p.PreApply}}
 	}

@@ -141,10 +141,14 @@ func (c *Core) Mount(ctx context.Context) error {
 	if m.Dir == "" {
 		return nil
 	}
+	others := fuse.MayAllowOther()
+	if !others {
+		c.log.Warn("the mount is for this user alone: a line user_allow_other in /etc/fuse.conf admits others", "dir", m.Dir)
+	}
 	srv, err := fuse.Mount(ctx, c.st.Load(), fuse.Options{
 		Dir: m.Dir, Method: m.Method, Group: mountGroup(m.Group),
 		FileMode: uint32(m.FileMode), DirMode: uint32(m.DirMode),
-		AllowOther: true, Logger: c.log,
+		AllowOther: others, Logger: c.log,
 		Watcher: c.opt.Watcher, WatcherLock: c.Data.LockFile(),
 		OnPanic: func(node store.Node) { c.st.Load().FenceNode(node, errors.New("a request panicked")) },
 	})

@@ -76,7 +76,7 @@ func (st *Store) computedOf(p, suffix string, db *DB) Node {
 	case "-pos":
 		c.read = func() string { return formatPos(now().Pos()) }
 	case "-acked":
-		c.read = func() string { return formatPos(now().Info().Acked) }
+		c.read = func() string { return formatPos(now().Acked()) }
 	case "-writer":
 		c.size = 0
 		c.read = func() string { return st.opt.Writer(db.name) + "\n" }

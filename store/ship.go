@@ -90,6 +90,12 @@ func (db *DB) Next(after ltx.Pos, compactFrom int, limit int64) (*Shipment, erro
 				return nil, err
 			}
 		}
+		if e := list[0]; e.path == "" && e.off == 0 {
+			if b := db.st.recent.get(e.ref); b != nil {
+				s.Body = io.NopCloser(bytes.NewReader(b))
+				return s, nil
+			}
+		}
 		s.Body, err = db.st.openRecord(list[0])
 		return s, err
 	}
