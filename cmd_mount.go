@@ -43,7 +43,7 @@ func dial(rawURL string) (transport.Dialer, error) {
 // budget is that of overlays, journals and WALs.
 func tuneMemory(budget int64) {
 	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(50)
+		debug.SetGCPercent(100)
 	}
 	if os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(16<<20 + 2*budget)

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sort"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/litefs-agent/litefs-agent/internal/sqlitefile"
@@ -20,6 +21,23 @@ type dir struct {
 	st   *Store
 	ino  uint64
 	path string // guarded by Store.nsMu
+
+	mode  atomic.Uint32 // kept here, since the kernel asks after each CREATE and UNLINK
+	mtime atomic.Int64  // unix nanoseconds
+}
+
+// touch notes that a name was made or removed in the folder of p.
+func (st *Store) touchDir(p string) {
+	parent := path.Dir(p)
+	if parent == "." {
+		parent = ""
+	}
+	st.nsMu.RLock()
+	d := st.dirs[parent]
+	st.nsMu.RUnlock()
+	if d != nil {
+		d.mtime.Store(st.opt.Now().UnixNano())
+	}
 }
 
 var errIsDir = fmt.Errorf("open: %w", ErrIsDir)
@@ -29,14 +47,9 @@ func (d *dir) Kind() Kind { return KindDir }
 
 // Attr implements Node.
 func (d *dir) Attr() Attr {
-	a := Attr{Kind: KindDir, Ino: d.ino, Mode: 0, Nlink: 2}
-	d.st.nsMu.RLock()
-	p := d.path
-	d.st.nsMu.RUnlock()
-	if fi, err := d.st.fs.Stat(path.Join(filesDir, p)); err == nil {
-		a.Mode, a.Mtime = uint32(fi.Mode().Perm()), fi.ModTime()
+	return Attr{
+		Kind: KindDir, Ino: d.ino, Mode: d.mode.Load(), Mtime: time.Unix(0, d.mtime.Load()), Nlink: 2,
 	}
-	return a
 }
 
 // Open implements Node.
@@ -47,6 +60,7 @@ func (d *dir) SetSize(Handle, int64) error { return errIsDir }
 
 // SetMode implements Node.
 func (d *dir) SetMode(mode uint32) error {
+	d.mode.Store(mode & 0o7777)
 	if c, ok := d.st.fs.(chmoder); ok {
 		return c.Chmod(path.Join(filesDir, d.path), os.FileMode(mode&0o777))
 	}
@@ -55,6 +69,7 @@ func (d *dir) SetMode(mode uint32) error {
 
 // SetTime implements Node.
 func (d *dir) SetTime(t time.Time) error {
+	d.mtime.Store(t.UnixNano())
 	if c, ok := d.st.fs.(chmoder); ok {
 		return c.Chtimes(path.Join(filesDir, d.path), t)
 	}
@@ -129,6 +144,9 @@ func (st *Store) Lookup(p string) (Node, error) {
 			if s := st.replicaSide(p, base, f); s != nil {
 				return s, nil
 			}
+			if f.isDB.Load() {
+				return nil, ErrNotExist // journals of a database are never on the disk
+			}
 		}
 	}
 	return st.lookupDisk(p)
@@ -166,6 +184,10 @@ func (st *Store) dirLocked(p string) *dir {
 	d := st.dirs[p]
 	if d == nil {
 		d = &dir{st: st, ino: st.inos.next(), path: p}
+		if fi, err := st.fs.Stat(path.Join(filesDir, p)); err == nil {
+			d.mode.Store(uint32(fi.Mode().Perm()))
+			d.mtime.Store(fi.ModTime().UnixNano())
+		}
 		st.dirs[p] = d
 	}
 	return d
@@ -196,6 +218,7 @@ func (st *Store) Create(p string, mode uint32, exclusive bool) (Node, Handle, er
 	if err := st.checkNew(p); err != nil {
 		return nil, nil, err
 	}
+	defer st.touchDir(p)
 	if base, kind, ok := sideName(p); ok {
 		st.nsMu.RLock()
 		f := st.files[base]
@@ -332,6 +355,7 @@ func (st *Store) Mkdir(p string, mode uint32) (Node, error) {
 	if err := st.mkdirs(p, mode); err != nil {
 		return nil, err
 	}
+	st.touchDir(p)
 	st.nsMu.Lock()
 	defer st.nsMu.Unlock()
 	return st.dirLocked(p), nil
@@ -360,6 +384,7 @@ func (st *Store) Rmdir(p string) error {
 	if n.Kind() != KindDir {
 		return fmt.Errorf("%s: %w", p, ErrNotDir)
 	}
+	defer st.touchDir(p)
 	st.nsMu.Lock()
 	defer st.nsMu.Unlock()
 	if st.populatedLocked(p) {
@@ -394,6 +419,7 @@ func (st *Store) Unlink(p string) error {
 	if err != nil {
 		return err
 	}
+	defer st.touchDir(p)
 	switch n := n.(type) {
 	case *sideFile:
 		return st.unlinkSide(p, n)

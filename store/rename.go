@@ -29,6 +29,8 @@ func (st *Store) Rename(oldPath, newPath string, noReplace bool) error {
 			return err
 		}
 	}
+	defer st.touchDir(oldPath)
+	defer st.touchDir(newPath)
 	switch n := n.(type) {
 	case *dir:
 		return st.renameDir(n, oldPath, newPath, target)

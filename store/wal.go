@@ -42,6 +42,16 @@ type walState struct {
 	synced   bool // an FSYNC came after the newest commit frame
 	eager    bool // the last commits were followed by an FSYNC: write through at once
 	reserved int64
+
+	buf, other []byte // of one frame each, reused
+}
+
+// buffers returns two buffers of one frame each.
+func (w *walState) buffers() (a, b []byte) {
+	if n := int(w.frameSize()); len(w.buf) != n {
+		w.buf, w.other = make([]byte, n), make([]byte, n)
+	}
+	return w.buf, w.other
 }
 
 func (w *walState) frameSize() int64 {
@@ -250,7 +260,7 @@ func (w *walState) chain(end int64) (map[uint32]int64, sqlitefile.WALSum, bool, 
 	size := w.frameSize()
 	sum := w.sum
 	frames := make(map[uint32]int64, (end-w.end)/size)
-	buf := make([]byte, size)
+	buf, _ := w.buffers()
 	for at := w.end; at < end; at += size {
 		if _, err := w.data.ReadAt(buf, at); err != nil {
 			return nil, sum, false, err
@@ -275,7 +285,8 @@ func (w *walState) chain(end int64) (map[uint32]int64, sqlitefile.WALSum, bool, 
 // repeats reports whether the frames hold only pages of the tentative record
 // with the same content.
 func (db *DB) repeats(w *walState, p *pending, frames map[uint32]int64) bool {
-	a, b := make([]byte, w.header.PageSize), make([]byte, w.header.PageSize)
+	a, b := w.buffers()
+	a, b = a[:w.header.PageSize], b[:w.header.PageSize]
 	for pgno, off := range frames {
 		old, ok := p.frames[pgno]
 		if !ok {
