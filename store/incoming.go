@@ -401,8 +401,11 @@ const readersWait = 5 * time.Second
 func (db *DB) lockReaders() (unlock func(), err error) {
 	peer := db.st.peer()
 	f := db.file
-	if peer == nil || !f.inUse() {
+	switch {
+	case peer == nil:
 		return func() {}, nil
+	case !f.inUse(): // the kernel may still have pages of the last reader
+		return func() { peer.InvalidateData(f, 0, -1) }, nil
 	}
 	type lock struct {
 		shm    Node

@@ -322,6 +322,7 @@ func (x *recovering) findSideFiles() error {
 func (st *Store) place(db *DB) error {
 	f := db.file
 	f.isDB.Store(true)
+	f.gone.Store(false) // a replica that was dropped and made again
 	f.db.Store(db)
 	if d := path.Dir(db.name); d != "." {
 		if err := disk.MkdirAll(st.fs, path.Join(filesDir, d), 0o770); err != nil {
