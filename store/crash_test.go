@@ -234,7 +234,7 @@ func (c *crasher) hook(op simdisk.Op) error {
 func (c *crasher) run() {
 	c.w.Logf = nil
 	if c.verbose {
-		c.w.Logf = c.logf
+		c.w.Logf, c.w.Trace = c.logf, *crashOps
 	}
 	for life := range 5 {
 		c.d.SetHook(c.hook)
@@ -370,6 +370,7 @@ func (c *crasher) compare() {
 				c.logf("version %d: %d bytes acked=%v durable=%v void=%v", i, len(v.Bytes()), v.Acked, v.Durable, v.Void)
 			}
 			c.diff(name, got, m.Versions[len(m.Versions)-1])
+			c.diff(name, got, m.Versions[need])
 			c.fatalf("%s has %d bytes, %s; want version %d to %d (cut=%v)", name, len(got), what, need, len(m.Versions)-1, c.wasCut)
 		}
 		for i, v := range m.Versions {

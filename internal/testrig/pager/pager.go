@@ -66,12 +66,13 @@ func (m Mode) String() string { return [...]string{"delete", "truncate", "persis
 
 // A World is every program that uses the databases of one mount.
 type World struct {
-	FS   FS
-	Rand *rand.Rand
-	Step func()                           // called before every call of FS; panics with Killed{} to end the program
-	Down func() bool                      // the machine has stopped: no answer reaches anybody
-	Logf func(format string, args ...any) // nil: silent
-	DBs  map[string]*DB
+	FS    FS
+	Rand  *rand.Rand
+	Step  func()                           // called before every call of FS; panics with Killed{} to end the program
+	Down  func() bool                      // the machine has stopped: no answer reaches anybody
+	Logf  func(format string, args ...any) // nil: silent
+	Trace bool                             // with Logf: say every write
+	DBs   map[string]*DB
 
 	groups int
 	supers int
@@ -391,12 +392,31 @@ func (db *DB) openFile(f *File, suffix string, create bool) error {
 func (db *DB) write(f File, p []byte, off int64) error {
 	db.w.step()
 	_, err := f.WriteAt(p, off)
+	if db.w.Trace {
+		db.w.logf("  %s: write %d bytes at %d of %s: %x... %v", db.Name, len(p), off, db.which(f), p[:min(8, len(p))], err)
+	}
 	return err
+}
+
+func (db *DB) which(f File) string {
+	switch f {
+	case db.db:
+		return "database"
+	case db.journal:
+		return "journal"
+	case db.wal:
+		return "wal"
+	}
+	return "file"
 }
 
 func (db *DB) truncate(f File, size int64) error {
 	db.w.step()
-	return f.Truncate(size)
+	err := f.Truncate(size)
+	if db.w.Trace {
+		db.w.logf("  %s: truncate %s to %d: %v", db.Name, db.which(f), size, err)
+	}
+	return err
 }
 
 func (db *DB) sync(f File) error {

@@ -82,6 +82,17 @@ func (db *DB) beginRollback(ch Change) (*txn, error) {
 	if err := db.hot(); err != nil {
 		return nil, err
 	}
+	if !db.Exists() && db.db.Size() > 0 {
+		// A copy that broke off: somebody removes it.
+		db.db.Close()
+		db.db = nil
+		if err := db.remove(""); err != nil {
+			return nil, err
+		}
+		if err := db.openFile(&db.db, "", true); err != nil {
+			return nil, err
+		}
+	}
 	db.reserved = true
 	t := &txn{db: db, ch: ch, old: db.Head(), logged: map[int]bool{}}
 	t.v = db.next(ch)

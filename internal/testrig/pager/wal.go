@@ -171,9 +171,12 @@ func (db *DB) commitWAL(ch Change) error {
 		db.restart()
 	}
 	v := db.next(ch)
-	for _, pgno := range slices.Sorted(maps.Keys(ch.Holes)) {
+	for pgno := len(db.Head().Pages) + 1; pgno <= ch.Count; pgno++ {
+		if _, ok := ch.Pages[pgno]; ok || pgno == 1 {
+			continue
+		}
 		// A new page that is not written is what the file holds there.
-		if end := int64(pgno) * int64(v.PageSize); db.db.Size() < end {
+		if end := int64(pgno) * int64(v.PageSize); db.db.Size() < end || slices.Contains(x.frames, pgno) {
 			ch.Pages[pgno] = v.Pages[pgno-1]
 		} else if err := readFull(db.db, v.Pages[pgno-1], end-int64(v.PageSize)); err != nil {
 			return err
