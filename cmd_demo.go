@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -63,8 +64,16 @@ type demo struct {
 	a         *app
 	dir, self string
 	addr      string // of the hub
-	hub, node *exec.Cmd
+	hub, node *demoService
 	step      int
+}
+
+// A demoService is a running hub or node.
+type demoService struct {
+	name  string
+	cmd   *exec.Cmd
+	ended chan struct{} // closed when it has
+	err   error         // of its end
 }
 
 func (a *app) demo(ctx context.Context) (err error) {
@@ -152,7 +161,7 @@ func (d *demo) start(ctx context.Context) error {
 		return err
 	}
 	var status control.StatusNode
-	if err := d.until(ctx, "node", &status, func() bool {
+	if err := d.until(ctx, d.node, &status, func() bool {
 		return status.Healthy && status.Hub.State == control.LinkConnected
 	}); err != nil {
 		return err
@@ -166,11 +175,11 @@ func (d *demo) startHub(ctx context.Context) (err error) {
 		return err
 	}
 	var status control.StatusHub
-	return d.until(ctx, "hub", &status, func() bool { return status.Healthy })
+	return d.until(ctx, d.hub, &status, func() bool { return status.Healthy })
 }
 
 // spawn starts one of the services; its log goes to a file.
-func (d *demo) spawn(name string, args ...string) (*exec.Cmd, error) {
+func (d *demo) spawn(name string, args ...string) (*demoService, error) {
 	log, err := os.OpenFile(d.path(name+".log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
 		return nil, err
@@ -182,14 +191,19 @@ func (d *demo) spawn(name string, args ...string) (*exec.Cmd, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
-	return cmd, nil
+	s := &demoService{name: name, cmd: cmd, ended: make(chan struct{})}
+	go func() { // ends with the service
+		s.err = cmd.Wait()
+		close(s.ended)
+	}()
+	return s, nil
 }
 
 // until asks a service for its status until done, which looks at into.
-func (d *demo) until(ctx context.Context, name string, into any, done func() bool) error {
+func (d *demo) until(ctx context.Context, s *demoService, into any, done func() bool) error {
 	ctx, cancel := context.WithTimeout(ctx, demoPatience)
 	defer cancel()
-	client := control.NewClient(d.path(name + ".sock"))
+	client := control.NewClient(d.path(s.name + ".sock"))
 	for {
 		raw, err := client.Status(ctx)
 		if err == nil {
@@ -199,8 +213,10 @@ func (d *demo) until(ctx context.Context, name string, into any, done func() boo
 			return nil
 		}
 		select {
+		case <-s.ended:
+			return fmt.Errorf("the %s ended: %w", s.name, cmp.Or(s.err, errors.New("without an error")))
 		case <-ctx.Done():
-			return fmt.Errorf("the %s did not get ready in %s: %w", name, demoPatience, errors.Join(err, ctx.Err()))
+			return fmt.Errorf("the %s did not get ready in %s: %w", s.name, demoPatience, errors.Join(err, ctx.Err()))
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
@@ -351,10 +367,10 @@ func (d *demo) outage(ctx context.Context) error {
 		}
 	}
 	pause(500 * time.Millisecond)
-	if err := d.hub.Process.Kill(); err != nil {
+	if err := d.hub.cmd.Process.Kill(); err != nil {
 		return err
 	}
-	_ = d.hub.Wait() // it was killed
+	<-d.hub.ended
 	d.hub = nil
 	d.say("   killed; the node writes on\n")
 	pause(1500 * time.Millisecond)
@@ -363,7 +379,7 @@ func (d *demo) outage(ctx context.Context) error {
 	}
 	d.say("   started again\n")
 	var status control.StatusNode
-	if err := d.until(ctx, "node", &status, func() bool { return status.Hub.State == control.LinkConnected }); err != nil {
+	if err := d.until(ctx, d.node, &status, func() bool { return status.Hub.State == control.LinkConnected }); err != nil {
 		return err
 	}
 	d.say("   connected again\n")
@@ -431,19 +447,16 @@ func (d *demo) export(ctx context.Context, name, db string) ([]byte, error) {
 // the ends of their logs.
 func (d *demo) cleanUp(failed bool) error {
 	var errs []error
-	for _, s := range []struct {
-		name string
-		cmd  *exec.Cmd
-	}{{"node", d.node}, {"hub", d.hub}} {
+	for _, s := range []*demoService{d.node, d.hub} {
+		if s == nil {
+			continue
+		}
 		if failed {
 			if b, err := os.ReadFile(d.path(s.name + ".log")); err == nil {
 				fmt.Fprintf(d.a.stderr, "\nlog of the %s:\n%s", s.name, b[max(0, len(b)-8<<10):])
 			}
 		}
-		if s.cmd == nil {
-			continue
-		}
-		if err := stopService(s.cmd); err != nil {
+		if err := s.stop(); err != nil && !failed {
 			errs = append(errs, fmt.Errorf("the %s did not stop cleanly: %w", s.name, err))
 		}
 	}
@@ -455,16 +468,15 @@ func (d *demo) cleanUp(failed bool) error {
 	return errors.Join(append(errs, os.RemoveAll(d.dir))...)
 }
 
-// stopService ends a service as systemd does.
-func stopService(cmd *exec.Cmd) error {
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait() }()
-	_ = cmd.Process.Signal(syscall.SIGTERM) // it may have ended: Wait says so
+// stop ends a service as systemd does.
+func (s *demoService) stop() error {
+	_ = s.cmd.Process.Signal(syscall.SIGTERM) // it may have ended: err says how
 	select {
-	case err := <-ended:
-		return err
+	case <-s.ended:
+		return s.err
 	case <-time.After(demoPatience):
-		_ = cmd.Process.Kill()
-		return errors.Join(errors.New("killed after "+demoPatience.String()), <-ended)
+		_ = s.cmd.Process.Kill()
+		<-s.ended
+		return fmt.Errorf("killed after %s", demoPatience)
 	}
 }

@@ -96,6 +96,11 @@ func Database(db *store.DB, writer, role string) control.StatusDatabase {
 		Pos: ptr(info.Pos.String()), Acked: position(info.Acked), Archived: position(info.Acked),
 		Size: &size, PageSize: &pageSize, JournalMode: &mode, Branches: []control.StatusBranch{},
 	}
+	for _, b := range db.Branches() {
+		d.Branches = append(d.Branches, control.StatusBranch{
+			History: fmt.Sprintf("%016x", b.History), Pos: position(b.Pos), Since: ptr(b.Since.UTC()),
+		})
+	}
 	if !info.Last.IsZero() {
 		d.LastCommit = ptr(info.Last.UTC())
 	}
