@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/litefs-agent/litefs-agent/internal/commitlog"
+	"github.com/litefs-agent/litefs-agent/ltx"
 )
 
 // lazyApply is how long committed pages may wait in memory: the longer, the more
@@ -330,6 +331,7 @@ type baseMove struct {
 	meta  dbMeta
 	dirty commitlog.LSN // what stays dirty afterwards
 	side  []string
+	need  ltx.TXID // records before it are forgotten
 }
 
 // beginBase makes the files of db durable (unless one syncfs for many follows)
@@ -354,7 +356,8 @@ func (db *DB) beginBase(below commitlog.LSN, many bool) (baseMove, error) {
 		}
 	}
 	if below > 0 {
-		if err := db.keepHistory(below, base); err != nil {
+		var err error
+		if b.need, err = db.keepHistory(below, base); err != nil {
 			return b, err
 		}
 	}
@@ -417,6 +420,9 @@ func (db *DB) finishBase(b baseMove) {
 		b.dirty = b.meta.LSN + 1 // appended meanwhile
 	}
 	db.dirty = b.dirty
+	n := len(db.side)
+	db.forget(b.need)
+	b.side = append(b.side, db.side[n:]...)
 	for _, name := range b.side {
 		// A new transaction may have taken the name of an aborted one.
 		if i := slices.Index(db.side, name); i >= 0 {

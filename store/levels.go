@@ -20,9 +20,10 @@ const maxLevelFiles = 16
 
 // keepHistory writes level files for the records below lsn that the log is about
 // to lose and somebody still needs: recovery (above base), a link (not acked),
-// or the history that the operator wants. The rest is forgotten. db.flushMu is
-// held, db.mu is not.
-func (db *DB) keepHistory(below commitlog.LSN, base position) error {
+// or the history that the operator wants. It returns the first TXID that is still
+// needed: what lies before is forgotten once the metadata with the new base is
+// durable (forget). db.flushMu is held, db.mu is not.
+func (db *DB) keepHistory(below commitlog.LSN, base position) (ltx.TXID, error) {
 	db.mu.Lock()
 	n := 0
 	for n < len(db.recs.list) && db.recs.list[n].lsn < below {
@@ -38,13 +39,25 @@ func (db *DB) keepHistory(below commitlog.LSN, base position) error {
 	}
 	kept, err := db.writeLevels(list[drop:], acked, sent)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	db.mu.Lock()
-	db.recs.list = append(kept, db.recs.list[n:]...)
-	db.dropFiles(list[:drop])
+	db.recs.list = slices.Concat(list[:drop], kept, db.recs.list[n:])
 	db.mu.Unlock()
-	return db.mergeLevels(base)
+	if list, err = db.mergeLevels(drop, base); list != nil {
+		need = list[len(list)-1].max + 1
+	}
+	return need, err
+}
+
+// forget drops the records before need from the index. db.mu is held.
+func (db *DB) forget(need ltx.TXID) {
+	n := 0
+	for n < len(db.recs.list) && db.recs.list[n].max < need {
+		n++
+	}
+	db.dropFiles(db.recs.list[:n])
+	db.recs.list = slices.Clone(db.recs.list[n:])
 }
 
 // dropFiles has the files of entries that do not count any more removed when the
@@ -197,29 +210,31 @@ func (db *DB) compact(w io.Writer, list []entry) (entry, error) {
 	return e, err
 }
 
-// mergeLevels compacts the level files of one database when there are many, and
-// forgets the history before base when the budget is used up: the content is in
+// mergeLevels compacts the level files of one database when there are many; those
+// before index from are about to be forgotten. It returns what is to be forgotten
+// too: the history before base when the budget is used up: the content is in
 // the database file, and a link sends that instead.
-func (db *DB) mergeLevels(base position) error {
+func (db *DB) mergeLevels(from int, base position) (forgotten []entry, err error) {
 	db.mu.Lock()
-	n := 0
+	n := from
 	var size int64
 	for n < len(db.recs.list) && db.recs.list[n].lsn == 0 {
 		size += db.recs.list[n].size
 		n++
 	}
-	list := slices.Clone(db.recs.list[:n])
+	list := slices.Clone(db.recs.list[from:n])
+	n -= from
 	acked, sent := db.recs.acked.TXID, max(db.recs.sent, db.recs.mark)
 	db.mu.Unlock()
 	if n == 0 {
-		return nil
+		return nil, nil
 	}
 	if size > db.st.opt.Budget/2 && list[n-1].max <= base.TXID {
 		db.log.Warn("history forgotten: the budget is used up", "bytes", size)
-		return db.replaceLevels(list, nil)
+		return list, nil
 	}
 	if n <= maxLevelFiles {
-		return nil
+		return nil, nil
 	}
 	// Those that the hub may stand between (sent and not acked) stay single, and
 	// what recovery does not need stays apart.
@@ -242,27 +257,20 @@ func (db *DB) mergeLevels(base position) error {
 		}
 		e := list[i]
 		if k > i+1 {
-			var err error
 			if e, err = db.writeLevel(2, list[i:k]); err != nil {
-				return err
+				return nil, err
 			}
 		}
 		kept = append(kept, e)
 		i = k
 	}
-	return db.replaceLevels(list, kept)
-}
-
-// replaceLevels puts kept in place of the first len(old) entries and removes the
-// files that no longer count.
-func (db *DB) replaceLevels(old, kept []entry) error {
 	db.mu.Lock()
 	defer db.mu.Unlock()
-	db.recs.list = append(slices.Clone(kept), db.recs.list[len(old):]...)
-	db.dropFiles(slices.DeleteFunc(slices.Clone(old), func(e entry) bool {
+	db.recs.list = slices.Concat(db.recs.list[:from], kept, db.recs.list[from+n:])
+	db.dropFiles(slices.DeleteFunc(list, func(e entry) bool {
 		return slices.ContainsFunc(kept, func(k entry) bool { return k.path == e.path })
 	}))
-	return nil
+	return nil, nil
 }
 
 // openRecord reads the LTX bytes of a record, wherever they lie.
