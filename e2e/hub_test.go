@@ -164,6 +164,23 @@ func TestShip(t *testing.T) {
 		env.SQL(path, "PRAGMA journal_mode="+mode+"; CREATE TABLE t(v,n);"+fill("t", 300, 100)+"PRAGMA page_size=1024; VACUUM; DELETE FROM t WHERE n%3=0; BEGIN; DELETE FROM t; ROLLBACK;")
 		sameAtHub(env, node, hub, mode+".db")
 	}
+	// One transaction over three databases, and connections open at the hub.
+	readers := map[string]*testrig.Session{}
+	for _, mode := range modes {
+		readers[mode] = env.Session(hub.Path("nodes/n1/" + mode + ".db"))
+		readers[mode].Do(".timeout 20000\nSELECT count(*) FROM t;")
+	}
+	for round := range 20 {
+		env.SQL(node.Path("delete.db"), name("ATTACH '%s' AS b; ATTACH '%s' AS c; ATTACH '%s' AS w; BEGIN;", node.Path("truncate.db"), node.Path("persist.db"), node.Path("wal.db"))+
+			strings.ReplaceAll("INSERT INTO main.t VALUES('g',$);INSERT INTO b.t VALUES('g',$);INSERT INTO c.t VALUES('g',$);INSERT INTO w.t VALUES('g',$); COMMIT;", "$", fmt.Sprint(1000+round)))
+	}
+	for _, mode := range modes {
+		sameAtHub(env, node, hub, mode+".db")
+		if got := readers[mode].Do("SELECT max(n) FROM t; PRAGMA integrity_check;"); got != "1019\nok" {
+			t.Errorf("%s: a connection at the hub: got %s, want 1019 and ok", mode, got)
+		}
+		readers[mode].Close()
+	}
 	one := makeDB(env, "one", 400)
 	env.Run("cp", one, node.Path("copied.db"))
 	sameAtHub(env, node, hub, "copied.db")
