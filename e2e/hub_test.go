@@ -201,6 +201,45 @@ func TestShip(t *testing.T) {
 	}
 }
 
+// Programs that open a database at the hub while records arrive see whole
+// transactions, and never fewer than before.
+func TestReadAtHub(t *testing.T) {
+	env := testrig.New(t)
+	addr := freeAddr(t)
+	hub := env.NewHub(addr, testrig.Options{Mount: true})
+	hub.Start()
+	node := env.Node(withHub(addr))
+	for _, mode := range []string{"delete", "wal"} {
+		t.Run(mode, func(t *testing.T) {
+			env := env.For(t)
+			path, there := node.Path(mode+".db"), hub.Path("nodes/n1/"+mode+".db")
+			env.SQL(path, "PRAGMA journal_mode="+mode+";"+numbererSchema)
+			sameAtHub(env, node, hub, mode+".db")
+			w := startNumberer(env, path, "PRAGMA synchronous=OFF;", 0, 1, 1)
+			stays := env.Session(there)
+			stays.Do(".timeout 20000")
+			const look = "SELECT count(*), ifnull(max(n),0) FROM t; PRAGMA integrity_check;"
+			last := 0
+			for started := time.Now(); time.Since(started) < 5*time.Second; {
+				for _, out := range []string{env.SQL(there, look), stays.Do(look)} {
+					var count, most int
+					var ok string
+					if _, err := fmt.Sscanf(strings.Replace(out, "|", " ", 1), "%d %d\n%s", &count, &most, &ok); err != nil || ok != "ok" || count != most || most < last {
+						t.Fatalf("at the hub: got %q after %d rows", out, last)
+					}
+					last = most
+				}
+			}
+			stays.Close()
+			checkRows(env, path, 0, w.kill())
+			sameAtHub(env, node, hub, mode+".db")
+			if last < 10 {
+				t.Errorf("only %d rows arrived: this tests nothing", last)
+			}
+		})
+	}
+}
+
 // Programs write in two modes while hub and node are killed and the link is cut
 // at random bytes: in the end the hub has exactly what the node has, and the
 // node all that programs saw committed.

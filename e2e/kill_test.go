@@ -82,13 +82,6 @@ func startNumberer(env *testrig.Env, path, setup string, writer, first int, seed
 	return w
 }
 
-// last is the last row acknowledged so far.
-func (w *numberer) last() int {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.acked
-}
-
 // kill ends the program, if it still runs, and returns the last row acknowledged.
 func (w *numberer) kill() int {
 	w.cmd.Process.Kill()
