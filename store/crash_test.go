@@ -5,18 +5,14 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"io/fs"
 	"math/rand/v2"
-	"os"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/litefs-agent/litefs-agent/internal/simdisk"
-	"github.com/litefs-agent/litefs-agent/internal/sqlitefile"
 	"github.com/litefs-agent/litefs-agent/internal/testrig/pager"
-	"github.com/litefs-agent/litefs-agent/ltx"
 )
 
 var (
@@ -326,7 +322,7 @@ func (c *crasher) open() bool {
 		}
 	}
 	c.compare()
-	c.checkInvariants(true)
+	c.checkInvariants()
 	c.wasCut, c.errored = false, false
 	return true
 }
@@ -465,7 +461,7 @@ func (c *crasher) work() {
 		}
 		c.background()
 		if !c.stopped() {
-			c.checkInvariants(false)
+			c.checkInvariants()
 		}
 	}
 }
@@ -640,13 +636,3 @@ func TestCrashSoak(t *testing.T) {
 		}
 	}
 }
-
-var (
-	_ = io.EOF
-	_ = os.O_RDWR
-	_ = sqlitefile.LockLen
-	_ ltx.TXID
-)
-
-// checkInvariants asserts what can be seen from inside and on the medium.
-func (c *crasher) checkInvariants(started bool) {}

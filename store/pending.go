@@ -44,6 +44,7 @@ type pending struct {
 	walStart, walEnd int64  // its frames, as offsets in the WAL
 	walFrame         uint32 // number of its last frame, from 1
 	frames           map[uint32]int64
+	versions         []uint64 // that it added to walState.versions
 }
 
 // scratch is what encoding one transaction needs, reused.

@@ -270,6 +270,11 @@ func (x *recovering) finish() error {
 		db.recs.mark = max(db.recs.mark, m.Sent)
 	}
 	db.at = db.base
+	if n := len(list); n > 0 && list[n-1].max < db.base.TXID {
+		// Files that were forgotten, and came back with a power cut.
+		db.dropFiles(list)
+		list = nil
+	}
 	db.recs.list = list
 	db.dirty = x.firstN
 	for _, e := range list {

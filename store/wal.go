@@ -1,6 +1,8 @@
 package store
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -134,8 +136,8 @@ func (db *DB) refuteTentative(w *walState, p *pending) error {
 	if err := db.abort(p, false); err != nil {
 		return err
 	}
-	for _, s := range p.sums {
-		delete(w.versions, s.sum)
+	for _, sum := range p.versions {
+		delete(w.versions, sum)
 	}
 	w.end = p.walStart
 	return db.chainFrom(w)
@@ -216,7 +218,14 @@ func (db *DB) commitFrames(w *walState, end int64, commit uint32) error {
 		return db.page(pgno, p)
 	}
 	p, err := db.encode(c, flagTentative, db.walMode(w))
+	if err == nil {
+		if err = db.unchangedVersions(w, c.pages, p); err != nil && p != nil {
+			err = errors.Join(err, db.abort(p, false))
+		}
+	}
 	if err != nil {
+		// The WRITE fails, so a later recovery of the WAL must not find this commit.
+		_ = w.data.WriteAt(make([]byte, sqlitefile.FrameHeaderSize), end-w.frameSize(), nil)
 		return noSpace(err)
 	}
 	start := w.end
@@ -228,7 +237,10 @@ func (db *DB) commitFrames(w *walState, end int64, commit uint32) error {
 	p.wal, p.walStart, p.walEnd, p.frames = true, start, end, frames
 	p.walFrame = uint32((end - sqlitefile.WALHeaderSize) / w.frameSize())
 	for _, s := range p.sums {
-		w.versions[s.sum] = struct{}{}
+		if _, there := w.versions[s.sum]; !there {
+			w.versions[s.sum] = struct{}{}
+			p.versions = append(p.versions, s.sum)
+		}
 	}
 	db.pend = p
 	if db.file.shmOpen() {
@@ -238,6 +250,23 @@ func (db *DB) commitFrames(w *walState, end int64, commit uint32) error {
 	}
 	if db.st.opt.Durability.Commit {
 		return db.st.wlog.Wait(p.lsn)
+	}
+	return nil
+}
+
+// unchangedVersions notes the checksums of frames that brought the content that
+// was there already: a checkpoint may write them when they are not the newest any
+// more.
+func (db *DB) unchangedVersions(w *walState, pages []uint32, p *pending) error {
+	for _, pgno := range pages {
+		if p != nil && p.changes(pgno) || pgno > db.at.Commit {
+			continue
+		}
+		sum, err := db.sum(pgno)
+		if err != nil {
+			return err
+		}
+		w.versions[sum] = struct{}{}
 	}
 	return nil
 }
@@ -377,16 +406,17 @@ func (db *DB) committedVersion(pgno uint32, sum uint64) bool {
 }
 
 func (p *pending) has(pgno uint32, sum uint64) bool {
-	i, ok := slices.BinarySearchFunc(p.sums, pgno, func(s pageSum, n uint32) int {
-		switch {
-		case s.pgno < n:
-			return -1
-		case s.pgno > n:
-			return 1
-		}
-		return 0
-	})
+	i, ok := p.find(pgno)
 	return ok && p.sums[i].sum == sum
+}
+
+func (p *pending) changes(pgno uint32) bool {
+	_, ok := p.find(pgno)
+	return ok
+}
+
+func (p *pending) find(pgno uint32) (int, bool) {
+	return slices.BinarySearchFunc(p.sums, pgno, func(s pageSum, n uint32) int { return cmp.Compare(s.pgno, n) })
 }
 
 // putCommitted writes committed bytes below the layers: straight to the file if

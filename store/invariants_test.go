@@ -1,0 +1,73 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+)
+
+func (c *crasher) checkInvariants() {
+	c.t.Helper()
+	for _, db := range c.st.all() {
+		if err := db.checkInvariants(); err != nil {
+			c.fatalf("%s: %v", db.name, err)
+		}
+	}
+	if v := c.d.Violations(); len(v) > 0 {
+		c.fatalf("direct and buffered writes share a page: %q", v)
+	}
+}
+
+// checkInvariants asserts what can be seen without reading the disk. The
+// numbers are those of ARCHITECTURE.md.
+func (db *DB) checkInvariants() error {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	var errs []error
+	fail := func(n int, format string, args ...any) {
+		errs = append(errs, fmt.Errorf("invariant %d: "+format, append([]any{n}, args...)...))
+	}
+	durable, appended := db.st.wlog.Durable(), db.st.wlog.Appended()
+	if db.base.TXID > db.applied.TXID && db.applied.TXID != 0 || db.applied.TXID > db.at.TXID {
+		fail(5, "base %s, applied %s, at %s", db.base, db.applied, db.at)
+	}
+	if db.recs.acked.TXID > db.at.TXID || durable > appended {
+		fail(5, "acked %s, at %s, durable %d, appended %d", db.recs.acked, db.at, durable, appended)
+	}
+	list := db.recs.list
+	for i, e := range list {
+		switch {
+		case e.min > e.max:
+			fail(10, "record %d-%d", e.min, e.max)
+		case i > 0 && (list[i-1].max+1 != e.min || list[i-1].post != e.pre && e.min != 1):
+			fail(10, "record %d-%d (%s) does not follow %d-%d (%s)", e.min, e.max, e.pre, list[i-1].min, list[i-1].max, list[i-1].post)
+		case i > 0 && e.lsn != 0 && e.lsn < list[i-1].lsn:
+			fail(10, "record %d-%d is before the former in the log", e.min, e.max)
+		}
+		if e.max <= db.base.TXID || e.lsn == 0 {
+			continue
+		}
+		if segs := db.st.wlog.Segments(); e.lsn < segs[0].First {
+			fail(7, "record %d-%d above the base is in a segment that was reused", e.min, e.max)
+		}
+	}
+	if n := len(list); n > 0 && (list[n-1].max != db.at.TXID || list[n-1].post != db.at.PostApplyChecksum) {
+		fail(10, "the last record is %d, the position %s", list[n-1].max, db.at)
+	}
+	if p := db.pend; p != nil {
+		if p.entry.min != db.at.TXID+1 || p.entry.pre != db.at.PostApplyChecksum {
+			fail(8, "the undecided record %d does not follow %s", p.entry.min, db.at)
+		}
+		if p.wal != (db.wal != nil && p.walEnd > 0) {
+			fail(8, "an undecided WAL record without its WAL")
+		}
+	}
+	for _, l := range db.stack.Load().committed[1:] {
+		if l.lsn > db.last {
+			fail(3, "a layer waits for log record %d, the last one is %d", l.lsn, db.last)
+		}
+	}
+	if used, most := db.st.pool.Used(), db.st.opt.Memory; used > most {
+		fail(22, "%d bytes in memory, %d allowed", used, most)
+	}
+	return errors.Join(errs...)
+}
