@@ -99,6 +99,8 @@ func partsOf(members []*DB) ([]groupPart, error) {
 		if !ok {
 			return nil, fmt.Errorf("%s: no SQLite header in a transaction over several databases: %w", db.name, ErrRefused)
 		}
+		// All parts together fit one log record.
+		c.large = min(db.st.opt.Large, db.st.wlog.MaxPayload()/int64(2*len(members)))
 		p, payload, sc, err := db.build(c)
 		if err != nil {
 			return nil, noSpace(err)

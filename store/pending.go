@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -22,6 +23,7 @@ type change struct {
 	pages            []uint32 // candidates, ascending; those of the growth are added by encode
 	read             func(pgno uint32, p []byte) error
 	wal              ltx.Header // only the WAL fields count
+	large            int64      // bytes of pages beyond which it goes to a side file; 0: Options.Large
 }
 
 type pageSum struct {
@@ -179,7 +181,7 @@ func (db *DB) build(c change) (*pending, []byte, *scratch, error) {
 	}
 
 	sc := scratches.Get().(*scratch)
-	large := int64(len(pages))*int64(c.pageSize) > db.st.opt.Large
+	large := int64(len(pages))*int64(c.pageSize) > cmp.Or(c.large, db.st.opt.Large)
 	var enc *sideEncoder
 	if large {
 		var err error
