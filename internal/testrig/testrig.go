@@ -85,6 +85,12 @@ func inNamespace() int {
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
 	err := cmd.Run()
+	for _, base := range workBases() { // a test that ran out of time has not cleaned up
+		left, _ := filepath.Glob(filepath.Join(base, workName(os.Getpid())+"*"))
+		for _, dir := range left {
+			os.RemoveAll(dir)
+		}
+	}
 	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
 		return exit.ExitCode()
 	} else if err != nil {
@@ -137,14 +143,14 @@ func mountPoints() (dirs []string) {
 var (
 	workDir  string
 	makeWork = sync.OnceValue(func() error {
-		for _, base := range []string{os.TempDir(), "/var/tmp"} {
+		for _, base := range workBases() {
 			var st unix.Statfs_t
 			if err := unix.Statfs(base, &st); err != nil {
 				continue
 			}
 			switch uint32(st.Type) { // 32 bits on 32-bit boards, some of them negative
 			case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.F2FS_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC:
-				dir, err := os.MkdirTemp(base, "lfse2e-")
+				dir, err := os.MkdirTemp(base, workName(os.Getppid()))
 				if err != nil {
 					return err
 				}
@@ -175,6 +181,11 @@ var (
 		return program, nil
 	})
 )
+
+func workBases() []string { return []string{os.TempDir(), "/var/tmp"} }
+
+// workName is how the work folder's name begins; pid is the outermost process's.
+func workName(pid int) string { return fmt.Sprintf("lfse2e-%d-", pid) }
 
 func moduleRoot() (string, error) {
 	dir, err := os.Getwd()
