@@ -234,13 +234,21 @@ func (db *DB) encodeSnapshot(w io.Writer, at position) error {
 
 // copyDurable writes a file that is there whole or not at all.
 func (st *Store) copyDurable(name string, r io.Reader) error {
+	return st.writeDurable(name, func(w io.Writer) error {
+		_, err := io.Copy(w, r)
+		return err
+	})
+}
+
+// writeDurable is copyDurable of what content writes.
+func (st *Store) writeDurable(name string, content func(io.Writer) error) error {
 	f, err := st.fs.OpenFile(name+".tmp", os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
 	out := &offsetWriter{w: f, buf: make([]byte, 0, offsetWriterSize)}
-	_, err = io.Copy(out, r)
+	err = content(out)
 	if err == nil {
 		err = out.flush()
 	}

@@ -1,7 +1,6 @@
 package store
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -379,7 +378,6 @@ func (db *DB) keepBranch(history uint64) error {
 	}
 	db.log.Warn("another history replaces the present one, which is kept as a branch",
 		"history", fmt.Sprintf("%016x", db.history), "pos", db.at.Pos)
-	var b bytes.Buffer
 	dir := path.Join(db.dir, fmt.Sprintf("%016x", db.history), branchLevel)
 	if err := db.makeDir(); err != nil {
 		return err
@@ -387,10 +385,9 @@ func (db *DB) keepBranch(history uint64) error {
 	if err := disk.MkdirAll(db.st.fs, dir, 0o700); err != nil {
 		return err
 	}
-	if err := db.encodeSnapshot(&b, db.at); err != nil {
-		return err
-	}
-	return db.st.copyDurable(path.Join(dir, ltx.FormatFilename(1, db.at.TXID)), &b)
+	return db.st.writeDurable(path.Join(dir, ltx.FormatFilename(1, db.at.TXID)), func(w io.Writer) error {
+		return db.encodeSnapshot(w, db.at)
+	})
 }
 
 // readersWait bounds how long an apply waits for readers of a replica.
