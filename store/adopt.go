@@ -18,6 +18,9 @@ import (
 // writes a temporary file and renames it costs one adoption.
 const adoptAfter = time.Second
 
+// adoptAgain is the pause after an adoption that the disk refused.
+const adoptAgain = 30 * time.Second
+
 // mayBeDatabase marks a file whose last writer has closed it.
 func (st *Store) mayBeDatabase(f *file) {
 	f.mu.Lock()
@@ -51,7 +54,8 @@ func (st *Store) adoptIfCandidate(f *file) {
 		return
 	}
 	if err := st.adopt(f, name); err != nil && !errors.Is(err, errNoDatabase) {
-		st.log.Error("copied database stays an ordinary file", "db", name, "err", err)
+		st.log.Error("copied database stays an ordinary file for now", "db", name, "err", err)
+		st.after(adoptAgain, func() { st.mayBeDatabase(f) })
 	}
 }
 
@@ -222,10 +226,9 @@ func (db *DB) replace(c change) error {
 // drop removes a database: one transaction with commit 0. Its object goes on for
 // open handles; another takes the name, the id and the history over.
 func (st *Store) drop(db *DB) error {
-	db.settle()
 	db.flushMu.Lock()
 	defer db.flushMu.Unlock()
-	db.mu.Lock()
+	db.lockSettled()
 	defer db.mu.Unlock()
 	if db.dropped {
 		return fmt.Errorf("%s: %w", db.name, ErrNotExist)

@@ -68,7 +68,8 @@ func (t testFS) Exists(name string) bool {
 
 func (t testFS) IsDatabase(name string) bool {
 	n, err := t.st.Lookup(name)
-	return err == nil && n.Kind() == KindDatabase
+	f, ok := n.(*file)
+	return err == nil && ok && f.isDB.Load()
 }
 
 func (t testFS) Remove(name string) error { return notExist(t.st.Unlink(name)) }
@@ -81,6 +82,9 @@ type testPeer struct{ w *pager.World }
 
 func (p testPeer) Reserved(n Node) (bool, error) { return p.w.Reserved(n.(*file).name()), nil }
 func (p testPeer) ReadShm(n Node, b []byte, off int64) (int, error) {
+	if n.(*sideFile).opens.Load() == 0 {
+		return 0, nil
+	}
 	return (&sideHandle{n.(*sideFile)}).ReadAt(b, off)
 }
 func (p testPeer) WriteShm(n Node, b []byte, off int64) (int, error) {

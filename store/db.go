@@ -139,6 +139,13 @@ func (db *DB) fenced() error {
 // database in doubt.
 func (db *DB) Fence(err error) { db.fenceWith(err) }
 
+// isDropped reports whether another object has the name, or nobody.
+func (db *DB) isDropped() bool {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	return db.dropped
+}
+
 // readAt reads what programs see: running transaction, committed layers, file.
 func (db *DB) readAt(p []byte, off int64) error {
 	s := db.stack.Load()

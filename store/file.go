@@ -112,7 +112,13 @@ func (f *file) shmNode() Node {
 	return f.shm
 }
 
-func (f *file) shmOpen() bool { return f.shmNode() != nil }
+// shmOpen reports whether anybody has the wal-index open: one that a killed
+// program left is no sign of a connection that uses it.
+func (f *file) shmOpen() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.shm != nil && f.shm.opens.Load() > 0
+}
 
 // Open implements Node.
 func (f *file) Open(write bool) (Handle, error) {

@@ -258,7 +258,6 @@ func (st *Store) checkpointIfNeeded() {
 func (st *Store) checkpoint(below commitlog.LSN) error {
 	st.checkpointMu.Lock()
 	defer st.checkpointMu.Unlock()
-	var list []*DB
 	for _, db := range st.all() {
 		db.mu.Lock()
 		if p := db.pend; p != nil {
@@ -266,6 +265,23 @@ func (st *Store) checkpoint(below commitlog.LSN) error {
 		}
 		db.mu.Unlock()
 	}
+	// More than once, since a database may be dropped meanwhile: then its
+	// successor has what is dirty.
+	for range 4 {
+		list := st.dirtyBelow(below)
+		if len(list) == 0 {
+			st.wlog.Release(below)
+			return nil
+		}
+		if err := st.moveBases(list, below); err != nil {
+			return err
+		}
+	}
+	return errors.New("databases come and go faster than they can be made durable")
+}
+
+func (st *Store) dirtyBelow(below commitlog.LSN) []*DB {
+	var list []*DB
 	for _, db := range st.all() {
 		db.mu.Lock()
 		if db.dirty != 0 && db.dirty < below {
@@ -273,24 +289,26 @@ func (st *Store) checkpoint(below commitlog.LSN) error {
 		}
 		db.mu.Unlock()
 	}
-	if err := st.moveBases(list, below); err != nil {
-		return err
-	}
-	st.wlog.Release(below)
-	return nil
+	return list
 }
 
 // syncfsAbove is the number of databases from which one syncfs replaces the
 // fdatasyncs of each.
 const syncfsAbove = 6
 
-// moveBases applies, makes durable, and writes the metadata of each database.
-func (st *Store) moveBases(list []*DB, below commitlog.LSN) error {
-	many := len(list) > syncfsAbove
-	bases := make([]baseMove, 0, len(list))
-	for _, db := range list {
+// moveBases applies, makes durable, and writes the metadata of each database that
+// was not dropped meanwhile.
+func (st *Store) moveBases(all []*DB, below commitlog.LSN) error {
+	many := len(all) > syncfsAbove
+	bases := make([]baseMove, 0, len(all))
+	list := make([]*DB, 0, len(all))
+	for _, db := range all {
 		db.flushMu.Lock()
 		defer db.flushMu.Unlock()
+		if db.isDropped() {
+			continue // its successor has folder and metadata now
+		}
+		list = append(list, db)
 		if err := db.flushLocked(); err != nil {
 			return err
 		}
@@ -344,7 +362,7 @@ func (db *DB) beginBase(below commitlog.LSN, many bool) (baseMove, error) {
 	if db.applied.TXID < db.base.TXID {
 		base = db.base
 	}
-	gone := db.dropped
+	gone := false
 	if db.fenced() != nil {
 		// What its files hold is in doubt: level files keep what follows the base.
 		gone, base = true, db.base

@@ -160,7 +160,13 @@ const (
 func (db *DB) published(peer Peer, shm Node, p *pending, w *walState) answer {
 	var b [sqlitefile.WALIndexHeaderSize]byte
 	n, err := peer.ReadShm(shm, b[:], 0)
-	if err != nil || n < len(b) {
+	switch {
+	case err == nil && n == 0:
+		// Nobody has the wal-index open. Either the writer keeps its own
+		// (locking_mode=EXCLUSIVE beside a file that a killed program left), or it
+		// is dead, and the next opener recovers the WAL with this commit.
+		return yes
+	case err != nil || n < len(b):
 		return no
 	}
 	h, ok := sqlitefile.ParseWALIndex(b[:])
@@ -226,5 +232,17 @@ func (db *DB) settle() {
 		case <-db.st.done:
 			return
 		}
+	}
+}
+
+// lockSettled locks db.mu at a moment when nothing is tentative.
+func (db *DB) lockSettled() {
+	for {
+		db.settle()
+		db.mu.Lock()
+		if db.pend == nil || !db.pend.wal || db.st.closing() {
+			return
+		}
+		db.mu.Unlock()
 	}
 }

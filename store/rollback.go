@@ -332,6 +332,7 @@ func (db *DB) commitTxn(p *pending) {
 		if limit := txn.under.Load(); limit < db.at.size() {
 			top.cut(limit)
 		}
+		top.lsn = max(top.lsn, p.lsn) // also if it gets only a part
 		err := txn.Runs(func(p []byte, off int64) error {
 			return top.WriteAt(p, off, nil)
 		})

@@ -170,6 +170,16 @@ func (st *Store) Close() error {
 	return st.closeErr
 }
 
+// closing reports whether Close was called.
+func (st *Store) closing() bool {
+	select {
+	case <-st.done:
+		return true
+	default:
+		return false
+	}
+}
+
 // all returns every database that has an id, by id.
 func (st *Store) all() []*DB {
 	st.nsMu.RLock()

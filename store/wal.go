@@ -32,6 +32,7 @@ type walState struct {
 	header sqlitefile.WALHeader
 	valid  bool  // header holds
 	end    int64 // offset behind the last commit frame that was accepted
+	high   int64 // offset behind everything written in this generation
 	sum    sqlitefile.WALSum
 
 	// pages maps a page to the offset of its newest confirmed content in data, for
@@ -81,7 +82,9 @@ func (db *DB) writeWAL(w *walState, p []byte, off int64) error {
 		return noSpace(err)
 	}
 	w.node.touch(db.st)
+	w.high = max(w.high, off+int64(len(p)))
 	if restart {
+		w.high = off + int64(len(p))
 		db.readWALHeader(w)
 	}
 	if !w.valid {
@@ -93,7 +96,7 @@ func (db *DB) writeWAL(w *walState, p []byte, off int64) error {
 func (db *DB) reserveWAL(w *walState, n int64) error {
 	need := 2*n + 4096
 	if w.valid {
-		need += w.data.Size() - w.end
+		need += max(0, w.high-w.end)
 	}
 	if need > db.st.opt.Large {
 		return db.st.needFree(2 * need)
@@ -449,8 +452,12 @@ func (db *DB) putCommitted(p []byte, off int64) error {
 // here, so that nothing committed is lost. db.mu is held.
 func (db *DB) resetWAL(w *walState, sqlite bool) error {
 	if p := db.pend; p != nil && p.wal {
-		// A checkpoint would have confirmed it: it was never published.
-		if err := db.refuteTentative(w, p); err != nil {
+		if !sqlite {
+			// A person removed the WAL. Whether it was published nobody can say any
+			// more; what recovery would do is right.
+			db.confirmWAL(w, p)
+		} else if err := db.refuteTentative(w, p); err != nil {
+			// SQLite's checkpoint would have confirmed it: it was never published.
 			return err
 		}
 	}
