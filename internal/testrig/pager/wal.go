@@ -685,6 +685,9 @@ func (db *DB) Copy(maxPages int) error {
 			f.Close()
 		}
 	}()
+	if err := f.Truncate(0); err != nil { // of a copy that broke off
+		return err
+	}
 	all := v.Bytes()
 	for off := 0; off < len(all); off += 4096 {
 		if err := db.write(f, all[off:min(off+4096, len(all))], int64(off)); err != nil {
