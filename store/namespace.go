@@ -176,8 +176,6 @@ func (st *Store) lookupDisk(p string) (Node, error) {
 	f.size.Store(fi.Size())
 	f.mtime.Store(fi.ModTime().UnixNano())
 	f.onDisk.Store(true)
-	// A copy that ended when the agent did was not looked at.
-	f.candidate = fi.Size() >= sqlitefile.HeaderSize
 	st.files[p] = f
 	return f, nil
 }
