@@ -197,7 +197,7 @@ func (db *DB) applyLayer(l *layer) error {
 		db.applied = l.pos
 	}
 	db.mu.Unlock()
-	l.Reset()
+	l.retire()
 	return nil
 }
 

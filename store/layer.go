@@ -43,6 +43,22 @@ func (l *layer) cut(size int64) {
 	l.under.Store(min(l.under.Load(), size))
 }
 
+// retire gives the layer's memory back once its bytes are in the place below. A
+// read that still goes through it finds holes, and must find what is below at
+// every offset: the truncation that the layer stood for was carried out there.
+func (l *layer) retire() {
+	l.under.Store(math.MaxInt64)
+	l.Reset()
+}
+
+// Reset forgets everything. The bound goes first: a reader that took the stack
+// while the layer was in it finds what the layer stood for in the file by now, also
+// beyond a truncation that the layer was part of.
+func (l *layer) Reset() {
+	l.under.Store(math.MaxInt64)
+	l.File.Reset()
+}
+
 // layers is the stack that a read looks through, replaced as a whole so that
 // reads take no lock of the database (invariants 19, 20). A byte moves down the
 // stack only after it is in the place below, and reads go from the top down, so

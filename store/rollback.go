@@ -307,7 +307,7 @@ func (db *DB) commitTxn(p *pending) {
 	if p == nil {
 		// As before, though the overlay may hold the old content once more.
 		db.stack.Store(&s)
-		txn.Reset()
+		txn.retire()
 		if size := db.at.size(); db.exists && db.size.Load() != size {
 			db.size.Store(size)
 			db.st.later(func(peer Peer) { peer.InvalidateData(db.file, -1, 0) })
@@ -342,7 +342,7 @@ func (db *DB) commitTxn(p *pending) {
 			db.stack.Store(&s)
 		} else {
 			db.stack.Store(&s)
-			txn.Reset()
+			txn.retire()
 		}
 	}
 	db.promote()
@@ -371,7 +371,7 @@ func (db *DB) rollBack() error {
 	} else {
 		db.size.Store(db.file.ordinarySize())
 	}
-	txn.Reset()
+	txn.retire()
 	db.journal.disarm(db)
 	db.log.Warn("journal removed without a lock: transaction rolled back")
 	db.st.later(func(p Peer) { p.InvalidateData(db.file, 0, -1) })
@@ -407,7 +407,7 @@ func (db *DB) endOrdinary() error {
 	txn := s.txn
 	s.txn = nil
 	db.stack.Store(&s)
-	txn.Reset()
+	txn.retire()
 	db.journal.disarm(db)
 	return nil
 }
