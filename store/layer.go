@@ -51,14 +51,6 @@ func (l *layer) retire() {
 	l.Reset()
 }
 
-// Reset forgets everything. The bound goes first: a reader that took the stack
-// while the layer was in it finds what the layer stood for in the file by now, also
-// beyond a truncation that the layer was part of.
-func (l *layer) Reset() {
-	l.under.Store(math.MaxInt64)
-	l.File.Reset()
-}
-
 // layers is the stack that a read looks through, replaced as a whole so that
 // reads take no lock of the database (invariants 19, 20). A byte moves down the
 // stack only after it is in the place below, and reads go from the top down, so
