@@ -24,6 +24,11 @@ const (
 	compactLimit = 1 << 20
 	// turn is how many records one database may send before the next gets its turn.
 	turn = 16
+	// groupPatience bounds how long the record of a transaction over several
+	// databases waits for its siblings, which may never come: then it goes alone.
+	groupPatience = 10 * time.Second
+	// unreadable is how many faults in a row make what cannot be read a gap.
+	unreadable = 3
 )
 
 // A session ships the engine's databases over one connection. One goroutine
@@ -38,6 +43,8 @@ type session struct {
 	kick chan struct{} // 1 token: look again
 	wg   sync.WaitGroup
 
+	groups uint64 // transactions over several databases that were sent; owned by send
+
 	streamMu sync.Mutex // held from the choice of a stream's number until its Push is queued
 	stream   uint64
 
@@ -50,7 +57,7 @@ type session struct {
 }
 
 // A shipping is what a session knows of one database. Guarded by session.mu, but
-// for held, next, whole and replace, which the sending goroutine alone uses
+// for held, next, waits and whole, which the sending goroutine alone uses
 // while busy is false, and the bulk goroutine while it is true.
 type shipping struct {
 	name    string
@@ -58,6 +65,7 @@ type shipping struct {
 	next    ltx.Pos         // where the hub will be once all that was sent has arrived
 	whole   bool            // only a snapshot helps
 	held    *store.Shipment // read from the engine, waits for room or for its group
+	waits   time.Time       // since when held waits for its group; zero: it does not
 	size    int64           // of the database, for the order
 	busy    bool            // a bulk goroutine sends
 	cancel  context.CancelFunc
@@ -84,15 +92,17 @@ func (l *Link) ship(ctx context.Context, c transport.Conn, w *transport.Welcome)
 		s.ships[d.Name] = &shipping{name: d.Name, resync: &d}
 		s.dirty[d.Name] = struct{}{}
 	}
-	for _, db := range s.st.DBs() {
-		info := db.Info()
-		x := s.shipping(info.Name)
-		x.size = int64(info.Commit) * int64(info.PageSize)
-		s.dirty[info.Name] = struct{}{}
-	}
+	// First to be told of changes, then to look: no database is missed in between.
 	l.mu.Lock()
 	l.session = s
 	l.mu.Unlock()
+	for _, db := range s.st.DBs() {
+		info := db.Info()
+		s.mu.Lock()
+		s.shipping(info.Name).size = int64(info.Commit) * int64(info.PageSize)
+		s.dirty[info.Name] = struct{}{}
+		s.mu.Unlock()
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	received := make(chan error, 1)
 	s.wg.Go(func() {
@@ -207,6 +217,11 @@ func (s *session) pass(ctx context.Context) (again time.Duration, err error) {
 				s.dirty[x.name] = struct{}{}
 			case blocked:
 				s.dirty[x.name] = struct{}{}
+				if x.held != nil && !x.waits.IsZero() {
+					if d := max(time.Millisecond, time.Until(x.waits.Add(groupPatience))); again == 0 || d < again {
+						again = d
+					}
+				}
 			case undurable:
 				s.undurable[x.name] = struct{}{}
 			case paused:
@@ -275,14 +290,14 @@ func (s *session) shipOne(ctx context.Context, x *shipping) (outcome, error) {
 			return undurable, nil
 		case errors.Is(err, store.ErrNothing):
 			return idle, nil
-		case errors.Is(err, store.ErrGap):
+		case errors.Is(err, store.ErrGap), err != nil && s.gaveUp(x):
 			x.whole = true
 			return more, nil
 		case err != nil:
 			s.fault(x, fmt.Errorf("read what follows %s: %w", x.next, err), time.Second)
 			return paused, nil
 		}
-		x.held = sh
+		x.held, x.waits = sh, time.Time{}
 	}
 	if x.held.History != x.history {
 		s.mu.Lock()
@@ -301,6 +316,14 @@ func (s *session) shipOne(ctx context.Context, x *shipping) (outcome, error) {
 		return blocked, nil
 	}
 	return more, s.sendHeld(ctx, x, 0)
+}
+
+// gaveUp reports whether reading what follows failed too often: the content says
+// the same.
+func (s *session) gaveUp(x *shipping) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return x.faults >= unreadable
 }
 
 // reserve takes room in the hub's window. One record always fits.
@@ -323,11 +346,19 @@ func (s *session) sendHeld(ctx context.Context, x *shipping, group uint64) error
 
 // sendGroup sends the record of a transaction over several databases together with
 // its siblings, once all of them are up to it. One whose siblings are at the hub
-// already goes alone.
+// already, or do not come, goes alone.
 func (s *session) sendGroup(ctx context.Context, x *shipping) (outcome, error) {
 	var list []*shipping
 	var size int64
+	now := time.Now()
+	if x.waits.IsZero() {
+		x.waits = now
+	}
+	alone := now.Sub(x.waits) >= groupPatience
 	for _, part := range x.held.Parts {
+		if alone && part.Name != x.name {
+			continue
+		}
 		s.mu.Lock()
 		y := s.shipping(part.Name)
 		busy, resync := y.busy, y.resync != nil
@@ -351,7 +382,10 @@ func (s *session) sendGroup(ctx context.Context, x *shipping) (outcome, error) {
 	}
 	group := uint64(0)
 	if len(list) > 1 {
-		group = x.held.Group
+		// Not the engine's number: what is sent once more must not be taken for a
+		// part of what was sent before, of which the hub may still be busy.
+		s.groups++
+		group = s.groups
 	}
 	for _, y := range list {
 		y.held.Parts = y.held.Parts[:len(list)]
@@ -470,7 +504,8 @@ func (s *session) sendBulk(ctx context.Context, x *shipping, db *store.DB) error
 	before := x.next
 	if err := s.push(ctx, x, sh, 0, 0); err != nil {
 		s.mu.Lock()
-		x.flight, x.next = nil, before
+		s.forget(x)
+		x.next = before
 		s.mu.Unlock()
 		return err
 	}
@@ -486,6 +521,14 @@ func (x *shipping) drop() {
 	}
 }
 
+// forget gives the room back that the records of x on their way take. s.mu is held.
+func (s *session) forget(x *shipping) {
+	for _, f := range x.flight {
+		s.used -= f.size
+	}
+	x.flight = nil
+}
+
 // start finds out how to go on from where the hub stands:
 //
 //	nothing there ............................ from our first record on
@@ -496,10 +539,7 @@ func (s *session) start(x *shipping, db *store.DB, hub transport.DatabaseState) 
 	info := db.Info()
 	s.mu.Lock()
 	x.drop()
-	for _, f := range x.flight {
-		s.used -= f.size
-	}
-	x.flight = nil
+	s.forget(x)
 	x.history, x.next, x.whole = info.History, ltx.Pos{}, false
 	s.mu.Unlock()
 	switch {

@@ -44,6 +44,7 @@ type session struct {
 	queues map[string][]*record
 	queued int64 // bytes in memory of all queues
 	groups map[uint64]*group
+	lost   uint64 // number of the last group of which a record was refused
 	closed bool
 
 	sendMu sync.Mutex // held while a snapshot is sent; guards sendN
@@ -120,7 +121,8 @@ func (s *session) receive(ctx context.Context) error {
 		case *transport.Data:
 			err = s.data(ctx, m)
 		case *transport.Cancel:
-			if s.in.Drop(m.Stream) != nil {
+			if p := s.in.Drop(m.Stream); p != nil {
+				s.giveUp(p.Group)
 				s.forget(m.Stream)
 			}
 		case *transport.Subscribe:
@@ -142,6 +144,7 @@ func (s *session) push(ctx context.Context, p *transport.Push) error {
 	}
 	if !store.ValidName(p.Name) || len(nameAt(s.node, p.Name)) > transport.MaxName {
 		s.in.Drop(p.Stream)
+		s.giveUp(p.Group)
 		return s.refuse(ctx, p, transport.NakRefused, errors.New("not a name for a database"))
 	}
 	if p.Last {
@@ -188,6 +191,7 @@ func (s *session) grow(ctx context.Context, st *stream, b []byte) error {
 	s.h.log.Warn("record refused: no room for it in the data folder", "peer", s.node, "db", st.push.Name, "err", err)
 	s.in.Drop(st.push.Stream)
 	s.forget(st.push.Stream)
+	s.giveUp(st.push.Group)
 	return s.refuse(ctx, st.push, transport.NakBusy, err)
 }
 
@@ -247,7 +251,7 @@ func (s *session) enqueue(ctx context.Context, r *record) error {
 		return context.Cause(ctx)
 	}
 	s.queued += r.cost
-	if g := r.push.Group; g != 0 && s.groups[g] == nil {
+	if g := r.push.Group; g != 0 && g != s.lost && s.groups[g] == nil {
 		s.groups[g] = &group{applied: make(chan struct{})}
 	}
 	name := r.push.Name
@@ -391,6 +395,23 @@ func (s *session) applyGroup(ctx context.Context, r *record) error {
 	}
 	<-g.applied
 	return r.err
+}
+
+// giveUp ends the wait of a group of which a record was refused.
+func (s *session) giveUp(number uint64) {
+	if number == 0 {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lost = number
+	if g := s.groups[number]; g != nil {
+		for _, r := range g.records {
+			r.err = errGivenUp
+		}
+		delete(s.groups, number)
+		close(g.applied)
+	}
 }
 
 var errGivenUp = errors.New("the other records of its transaction did not come")
