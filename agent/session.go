@@ -362,9 +362,13 @@ func (s *session) sendGroup(ctx context.Context, x *shipping) (outcome, error) {
 		s.mu.Lock()
 		y := s.shipping(part.Name)
 		busy, resync := y.busy, y.resync != nil
+		unanswered := y != x && slices.ContainsFunc(y.flight, func(f flight) bool { return f.pos.TXID >= part.TXID })
 		s.mu.Unlock()
 		switch {
 		case busy || resync || y.whole:
+			return blocked, nil
+		case unanswered:
+			// Sent before: if that is refused both go again, if not x goes alone.
 			return blocked, nil
 		case y.held != nil && y.held.Group == x.held.Group:
 			list = append(list, y)
@@ -625,9 +629,7 @@ func (s *session) ack(m *transport.Ack) error {
 		}
 		x.flight = slices.Delete(x.flight, 0, i+1)
 		x.faults = 0
-		if len(s.dirty) > 0 {
-			defer s.wake()
-		}
+		defer s.wake() // also if nothing is dirty yet: somebody may be about to wait for room
 	}
 	s.mu.Unlock()
 	db := s.st.DB(m.Name)

@@ -5,6 +5,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/litefs-agent/litefs-agent/agent"
+	"github.com/litefs-agent/litefs-agent/internal/testrig/pager"
 	"github.com/litefs-agent/litefs-agent/ltx"
 	"github.com/litefs-agent/litefs-agent/store"
 	"github.com/litefs-agent/litefs-agent/transport"
@@ -107,3 +109,94 @@ func push(sh *store.Shipment) *transport.Push {
 	}
 	return p
 }
+
+// A transaction over several databases that is sent again goes under another
+// number: the hub may still have parts of the first one in its queues.
+func TestGroupSentAgain(t *testing.T) {
+	r := newRig(t, 12)
+	c := &scripted{sent: make(chan *transport.Push, 64), answers: make(chan transport.Message, 8)}
+	st, err := store.Open(store.Options{FS: r.nodeFS, Node: "n1", Shipping: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.node = st
+	r.world.FS = nodeFS{st}
+	st.Attach(peer{w: r.world})
+	dbs := []*pager.DB{r.world.DB("g1.db"), r.world.DB("g2.db")}
+	changes := []pager.Change{dbs[0].RandomChange(5), dbs[1].RandomChange(5)}
+	for i := range dbs {
+		dbs[i].Sync, changes[i].Rollback = pager.Full, false
+	}
+	if err := r.world.Group(dbs, changes); err != nil {
+		t.Fatal(err)
+	}
+	l, err := agent.NewLink(agent.LinkOptions{ID: "n1", FS: r.nodeFS, Endpoints: []agent.Endpoint{{URL: "test", Dialer: c}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Attach(st)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		l.Run(ctx)
+	}()
+	r.stopLink = func() {
+		cancel()
+		<-done
+	}
+	seen := map[uint64]bool{}
+	for range 3 {
+		var parts [2]*transport.Push
+		for i := range parts {
+			select {
+			case parts[i] = <-c.sent:
+			case <-ctx.Done():
+				t.Fatal("the node sends nothing")
+			}
+		}
+		group := parts[0].Group
+		if group == 0 || parts[1].Group != group || parts[0].Parts != 2 || parts[0].Name == parts[1].Name {
+			t.Fatalf("got %+v and %+v, want two parts of one group", parts[0], parts[1])
+		}
+		if seen[group] {
+			t.Fatalf("group %d was sent twice", group)
+		}
+		seen[group] = true
+		for _, p := range parts {
+			c.answers <- &transport.Nak{Name: p.Name, Code: transport.NakPosMismatch, Stream: p.Stream, MinTXID: p.MinTXID, MaxTXID: p.MaxTXID}
+		}
+	}
+}
+
+// scripted is a hub that a test plays.
+type scripted struct {
+	sent    chan *transport.Push
+	answers chan transport.Message
+}
+
+func (c *scripted) Dial(context.Context, *transport.Hello) (transport.Conn, *transport.Welcome, error) {
+	return c, &transport.Welcome{Site: transport.Site{1}, Hub: "hub", Session: 1}, nil
+}
+
+func (c *scripted) Send(_ context.Context, m transport.Message) error {
+	if p, ok := m.(*transport.Push); ok {
+		c.sent <- p
+	}
+	return nil
+}
+
+func (c *scripted) Recv(ctx context.Context) (transport.Message, error) {
+	select {
+	case m := <-c.answers:
+		return m, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+func (c *scripted) Limits() transport.Limits {
+	return transport.Limits{MaxFrame: 1 << 20, Window: 1 << 20, MaxStreams: 16}
+}
+func (c *scripted) Stats() transport.Stats { return transport.Stats{} }
+func (c *scripted) Close() error           { return nil }
