@@ -185,10 +185,9 @@ func (st *Store) all() []*DB {
 	st.nsMu.RLock()
 	defer st.nsMu.RUnlock()
 	list := make([]*DB, 0, len(st.byID))
-	for _, db := range st.byID {
-		list = append(list, db)
+	for _, id := range slices.Sorted(maps.Keys(st.byID)) { // db.id is guarded by db.mu
+		list = append(list, st.byID[id])
 	}
-	slices.SortFunc(list, func(a, b *DB) int { return int(int64(a.id) - int64(b.id)) })
 	return list
 }
 
