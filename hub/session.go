@@ -378,9 +378,9 @@ func (s *session) applyGroup(ctx context.Context, r *record) error {
 	case <-g.applied:
 		return r.err
 	case <-ctx.Done():
-		return ctx.Err()
 	case <-time.After(groupWait):
 	}
+	// Once all are there another goroutine has them, until it is done.
 	s.mu.Lock()
 	waiting := s.groups[r.push.Group] == g && len(g.records) < int(r.push.Parts)
 	if waiting {
