@@ -327,6 +327,7 @@ func TestComputedFiles(t *testing.T) {
 	env.SQL(path, "CREATE TABLE t(v);")
 	is(path+"-acked", zero)
 	is(path+"-writer", "pi-7\n")
+	is(node.Path(".lag"), "+2147483647\n") // no hub was ever heard
 	txid(env, path, 1)
 	if testrig.Exists(node.Path(".primary")) {
 		t.Error(".primary is there without a hub-owned database")

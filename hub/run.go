@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"sync/atomic"
+	"time"
 
 	"github.com/litefs-agent/litefs-agent/internal/control"
 	"github.com/litefs-agent/litefs-agent/ltx"
@@ -53,6 +54,7 @@ func Run(ctx context.Context, cfg Config, opts Options) (err error) {
 		Writable: func(string) bool { return false },
 		Reserved: func(string) bool { return true },
 		Writer:   writerOf,
+		Lag:      func() (time.Duration, bool) { return 0, true }, // it is the hub
 		FileMode: uint32(mount.FileMode),
 		Flush:    cfg.Sync.Flush.Std(), Budget: int64(cfg.Sync.Budget), Memory: int64(cfg.Sync.Memory),
 	})

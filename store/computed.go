@@ -34,10 +34,7 @@ func (st *Store) computedAt(p string) Node {
 		}
 		return st.computedNode(p, computed{read: func() string { return st.opt.Primary() + "\n" }})
 	case ".lag":
-		if !st.opt.Shipping {
-			return nil
-		}
-		return st.computedNode(p, computed{read: st.lag, size: 11})
+		return st.computedNode(p, computed{read: st.lag})
 	}
 	for _, suffix := range computedSuffixes {
 		base, ok := strings.CutSuffix(p, suffix)
