@@ -19,10 +19,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/litefs-agent/litefs-agent/fuse"
+	"github.com/litefs-agent/litefs-agent/internal/testrig"
 )
 
 // ordinaryUser is the uid and gid of tests that are not root.
-const ordinaryUser = 1000
+const ordinaryUser = testrig.User
 
 // The test binary plays several parts, chosen by this variable: itself in a
 // mount namespace of its own ("tests"), a program on the mount ("calls"), a
@@ -36,7 +37,7 @@ func TestMain(m *testing.M) {
 	case "tests":
 		inherited = mounts()
 		os.Setenv("GORACE", "atexit_sleep_ms=0") // of the programs: else each takes a second to end
-		if err := furnish(); err != nil {
+		if err := testrig.Furnish(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
@@ -75,26 +76,6 @@ func inNamespace() int {
 	}
 	fmt.Fprintln(os.Stderr, err)
 	return 1
-}
-
-// furnish gives the namespace a device for everybody and a fuse.conf that admits
-// allow_other.
-func furnish() error {
-	dir := "/run"
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=0755"); err != nil {
-		return fmt.Errorf("tmpfs: %w", err)
-	}
-	dev := filepath.Join(dir, "fuse")
-	if err := unix.Mknod(dev, unix.S_IFCHR|0o666, int(unix.Mkdev(10, 229))); err != nil {
-		return fmt.Errorf("mknod: %w", err)
-	}
-	if err := os.Chmod(dev, 0o666); err != nil {
-		return err
-	}
-	if err := unix.Mount(dev, "/dev/fuse", "", unix.MS_BIND, ""); err != nil {
-		return fmt.Errorf("bind /dev/fuse: %w", err)
-	}
-	return fuseConf("user_allow_other\n")
 }
 
 // fuseConf replaces /etc/fuse.conf in this namespace.

@@ -35,6 +35,9 @@ for group in "$@"; do
 	esac
 done
 
+# What every Debian but a minimal tree has, and fusermount3 reads.
+[ -e /etc/mtab ] || as_root ln -s ../proc/self/mounts /etc/mtab
+
 if ! command -v go >/dev/null; then
 	echo "setup: no 'go' in PATH: install the release that go.mod names ($(awk '$1=="go"{print $2}' "$(dirname "$0")/../go.mod")) from go.dev/dl" >&2
 	exit 1

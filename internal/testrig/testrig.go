@@ -16,6 +16,7 @@ import (
 	"maps"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -59,7 +60,7 @@ func Main(m *testing.M, helpers map[string]Helper) {
 	}
 	inherited = Mounts()
 	code := 1
-	if err := furnish(); err != nil {
+	if err := Furnish(); err != nil {
 		fmt.Fprintln(os.Stderr, "testrig:", err)
 	} else {
 		code = m.Run()
@@ -100,22 +101,30 @@ func inNamespace() int {
 	return 0
 }
 
-// furnish makes the namespace's /run, with a device node that everybody may
-// open and a fuse.conf that admits allow_other to ordinary users.
-func furnish() error {
+// Furnish makes the /run of a namespace of the test's own, with a device node
+// that everybody may open, a fuse.conf that admits allow_other to ordinary users,
+// and a name for [User], which fusermount3 wants.
+func Furnish() error {
 	if err := unix.Mount("tmpfs", "/run", "tmpfs", 0, "mode=0755"); err != nil {
 		return fmt.Errorf("tmpfs on /run: %w", err)
 	}
-	const dev, conf = "/run/fuse", "/run/fuse.conf"
+	const dev, conf, passwd = "/run/fuse", "/run/fuse.conf", "/run/passwd"
 	if err := unix.Mknod(dev, unix.S_IFCHR|0o666, int(unix.Mkdev(10, 229))); err != nil {
 		return fmt.Errorf("mknod %s: %w", dev, err)
 	}
-	if err := os.WriteFile(conf, []byte("user_allow_other\n"), 0o644); err != nil {
+	users, err := os.ReadFile("/etc/passwd")
+	if err != nil {
 		return err
 	}
+	if _, err := user.LookupId(fmt.Sprint(User)); err != nil {
+		users = fmt.Appendf(users, "litefs-test:x:%d:%d::/nonexistent:/usr/sbin/nologin\n", User, User)
+	}
 	return errors.Join(os.Chmod(dev, 0o666), // whatever the umask
+		os.WriteFile(conf, []byte("user_allow_other\n"), 0o644),
+		os.WriteFile(passwd, users, 0o644),
 		unix.Mount(dev, "/dev/fuse", "", unix.MS_BIND, ""),
-		unix.Mount(conf, "/etc/fuse.conf", "", unix.MS_BIND, ""))
+		unix.Mount(conf, "/etc/fuse.conf", "", unix.MS_BIND, ""),
+		unix.Mount(passwd, "/etc/passwd", "", unix.MS_BIND, ""))
 }
 
 // inherited are mounts of others, copied into this namespace.
