@@ -2,6 +2,7 @@ package fuse
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -222,6 +223,9 @@ func Watch(args []string) error {
 		poison()
 	}
 	err := detach(dir, how, true)
+	if errors.Is(err, unix.EINVAL) {
+		err = nil // the abort took it away already: nobody had a file open
+	}
 	unix.Close(watchConn)
 	fmt.Fprintf(os.Stderr, "litefs-agent: the agent was killed: programs were taken off the dead mount %s in %s\n",
 		dir, time.Since(start).Round(100*time.Microsecond))
