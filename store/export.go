@@ -13,7 +13,7 @@ import (
 	"github.com/litefs-agent/litefs-agent/ltx"
 )
 
-// errNoDatabaseHere is what asking for an unknown or dropped database gives.
+// errDropped is what asking for an unknown or dropped database gives.
 var errDropped = fmt.Errorf("database was dropped or never was: %w", ErrNotExist)
 
 // pin keeps the files of a database open.
@@ -234,24 +234,21 @@ func (db *DB) encodeSnapshot(w io.Writer, at position) error {
 
 // copyDurable writes a file that is there whole or not at all.
 func (st *Store) copyDurable(name string, r io.Reader) error {
-	return st.writeDurable(name, func(w io.Writer) error {
+	_, err := st.writeDurable(name, func(w io.Writer) error {
 		_, err := io.Copy(w, r)
 		return err
 	})
+	return err
 }
 
-// writeDurable is copyDurable of what content writes.
-func (st *Store) writeDurable(name string, content func(io.Writer) error) error {
+// writeDurable is copyDurable of what content writes. It returns the size.
+func (st *Store) writeDurable(name string, content func(io.Writer) error) (size int64, err error) {
 	f, err := st.fs.OpenFile(name+".tmp", os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer f.Close()
-	out := &offsetWriter{w: f, buf: make([]byte, 0, offsetWriterSize)}
-	err = content(out)
-	if err == nil {
-		err = out.flush()
-	}
+	size, err = writeBuffered(f, content)
 	if err == nil {
 		err = f.Datasync()
 	}
@@ -264,5 +261,14 @@ func (st *Store) writeDurable(name string, content func(io.Writer) error) error 
 	if err != nil {
 		_ = st.fs.Remove(name + ".tmp")
 	}
-	return err
+	return size, err
+}
+
+// writeBuffered writes content from the start of f and returns its size.
+func writeBuffered(f io.WriterAt, content func(io.Writer) error) (size int64, err error) {
+	out := &offsetWriter{w: f, buf: make([]byte, 0, offsetWriterSize)}
+	if err = content(out); err == nil {
+		err = out.flush()
+	}
+	return out.off, err
 }

@@ -385,9 +385,10 @@ func (db *DB) keepBranch(history uint64) error {
 	if err := disk.MkdirAll(db.st.fs, dir, 0o700); err != nil {
 		return err
 	}
-	return db.st.writeDurable(path.Join(dir, ltx.FormatFilename(1, db.at.TXID)), func(w io.Writer) error {
+	_, err := db.st.writeDurable(path.Join(dir, ltx.FormatFilename(1, db.at.TXID)), func(w io.Writer) error {
 		return db.encodeSnapshot(w, db.at)
 	})
+	return err
 }
 
 // readersWait bounds how long an apply waits for readers of a replica.

@@ -153,30 +153,15 @@ func (db *DB) writeLevel(level int, list []entry) (entry, error) {
 		return entry{}, fmt.Errorf("%s: make %s: %w", db.name, dir, err)
 	}
 	name := path.Join(dir, ltx.FormatFilename(first.min, last.max))
-	f, err := db.st.fs.OpenFile(name+".tmp", os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	var e entry
+	size, err := db.st.writeDurable(name, func(w io.Writer) (err error) {
+		e, err = db.compact(w, list)
+		return err
+	})
 	if err != nil {
-		return entry{}, fmt.Errorf("%s: create %s: %w", db.name, name, err)
-	}
-	defer f.Close()
-	out := &offsetWriter{w: f, buf: make([]byte, 0, offsetWriterSize)}
-	e, err := db.compact(out, list)
-	if err == nil {
-		err = out.flush()
-	}
-	if err == nil {
-		err = f.Datasync()
-	}
-	if err == nil {
-		err = db.st.fs.Rename(name+".tmp", name)
-	}
-	if err == nil {
-		err = db.st.fs.SyncDir(dir)
-	}
-	if err != nil {
-		_ = db.st.fs.Remove(name + ".tmp")
 		return entry{}, fmt.Errorf("%s: write %s: %w", db.name, name, err)
 	}
-	e.path, e.size = name, out.off
+	e.path, e.size = name, size
 	return e, nil
 }
 
@@ -285,10 +270,7 @@ func (st *Store) openRecord(e entry) (io.ReadCloser, error) {
 	if err != nil {
 		return nil, err
 	}
-	return struct {
-		io.Reader
-		io.Closer
-	}{io.NewSectionReader(f, 0, e.size), f}, nil
+	return fileBody(f, e.size), nil
 }
 
 // logReader reads the payload of one log record.

@@ -47,7 +47,7 @@ type Options struct {
 	// its own and the log holds a reference. Default 1 MiB.
 	Large int64
 
-	// DirectLog is false where the log must go through the page cache.
+	// NoDirect is set where the log must go through the page cache.
 	NoDirect bool
 
 	Rand   io.Reader        // default crypto/rand

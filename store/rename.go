@@ -12,11 +12,11 @@ import (
 // a new name is a drop and a new database; a database or a file that holds one,
 // renamed over a database, is one transaction that replaces it.
 func (st *Store) Rename(oldPath, newPath string, noReplace bool) error {
-	n, err := st.Lookup0(oldPath)
+	n, err := st.lookupUnseen(oldPath)
 	if err != nil {
 		return err
 	}
-	target, err := st.Lookup0(newPath)
+	target, err := st.lookupUnseen(newPath)
 	if err != nil && !errors.Is(err, ErrNotExist) {
 		return err
 	}
@@ -33,16 +33,16 @@ func (st *Store) Rename(oldPath, newPath string, noReplace bool) error {
 	defer st.touchDir(newPath)
 	switch n := n.(type) {
 	case *dir:
-		return st.renameDir(n, oldPath, newPath, target)
+		return st.renameDir(oldPath, newPath, target)
 	case *file:
 		return st.renameFile(n, oldPath, newPath, target)
 	}
 	return fmt.Errorf("%s: %w", oldPath, ErrCrossing)
 }
 
-// Lookup0 is Lookup without looking at a file that may hold a database: a rename
+// lookupUnseen is Lookup without looking at a file that may hold a database: a rename
 // of a temporary file to its real name comes right after its close.
-func (st *Store) Lookup0(p string) (Node, error) {
+func (st *Store) lookupUnseen(p string) (Node, error) {
 	st.nsMu.RLock()
 	f := st.files[p]
 	st.nsMu.RUnlock()
@@ -52,7 +52,7 @@ func (st *Store) Lookup0(p string) (Node, error) {
 	return st.Lookup(p)
 }
 
-func (st *Store) renameDir(d *dir, oldPath, newPath string, target Node) error {
+func (st *Store) renameDir(oldPath, newPath string, target Node) error {
 	if target != nil && target.Kind() != KindDir {
 		return fmt.Errorf("%s: %w", newPath, ErrNotDir)
 	}
@@ -96,7 +96,6 @@ func (st *Store) renameDir(d *dir, oldPath, newPath string, target Node) error {
 		dirs[name] = x
 	}
 	st.files, st.dirs = files, dirs
-	_ = d
 	return nil
 }
 

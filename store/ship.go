@@ -148,15 +148,15 @@ func (db *DB) compactBody(s *Shipment, list []entry) error {
 	if err != nil {
 		return err
 	}
-	out := &offsetWriter{w: f, buf: make([]byte, 0, offsetWriterSize)}
-	if _, err = db.compact(out, list); err == nil {
-		err = out.flush()
-	}
+	size, err := writeBuffered(f, func(w io.Writer) error {
+		_, err := db.compact(w, list)
+		return err
+	})
 	if err != nil {
 		_ = f.Close()
 		return fmt.Errorf("%s: compact %s-%s: %w", db.name, s.Min, s.Max, err)
 	}
-	s.Size, s.Body = out.off, fileBody(f, out.off)
+	s.Size, s.Body = size, fileBody(f, size)
 	return nil
 }
 
@@ -183,10 +183,9 @@ func (db *DB) SnapshotShipment() (*Shipment, error) {
 	if err != nil {
 		return nil, err
 	}
-	out := &offsetWriter{w: f, buf: make([]byte, 0, offsetWriterSize)}
-	if err = img.WriteLTX(out, info.Last.UnixMilli(), db.st.nodeHash); err == nil {
-		err = out.flush()
-	}
+	size, err := writeBuffered(f, func(w io.Writer) error {
+		return img.WriteLTX(w, info.Last.UnixMilli(), db.st.nodeHash)
+	})
 	if err == nil {
 		err = db.Sync()
 	}
@@ -200,7 +199,7 @@ func (db *DB) SnapshotShipment() (*Shipment, error) {
 	return &Shipment{
 		Name: db.name, History: img.History, Epoch: img.Epoch,
 		Min: 1, Max: img.Pos.TXID, Post: img.Pos.PostApplyChecksum, Time: info.Last,
-		Commit: img.Commit, PageSize: img.PageSize, Full: true, Records: 1, Size: out.off, Body: fileBody(f, out.off),
+		Commit: img.Commit, PageSize: img.PageSize, Full: true, Records: 1, Size: size, Body: fileBody(f, size),
 	}, nil
 }
 

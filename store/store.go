@@ -22,7 +22,6 @@ import (
 	"github.com/litefs-agent/litefs-agent/internal/commitlog"
 	"github.com/litefs-agent/litefs-agent/internal/disk"
 	"github.com/litefs-agent/litefs-agent/internal/sparse"
-	"github.com/litefs-agent/litefs-agent/ltx"
 )
 
 // A Store keeps the databases of one node or hub. It is safe for concurrent use.
@@ -382,14 +381,10 @@ func (st *Store) Stats() Stats {
 	return Stats{Transactions: st.txN.Load(), Fdatasyncs: l.Fdatasyncs, LogBytes: l.BytesWritten, Memory: st.pool.Used()}
 }
 
-// Durable reports whether everything up to the present position of db is on the
-// disk; Sync makes it so.
+// Sync returns when everything up to the present position of db is durable.
 func (db *DB) Sync() error {
 	db.mu.Lock()
 	lsn := db.last
 	db.mu.Unlock()
 	return db.st.wlog.Wait(lsn)
 }
-
-// PosString is a position as the files at the mount show it.
-func PosString(p ltx.Pos) string { return p.String() }

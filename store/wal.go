@@ -361,9 +361,11 @@ func (db *DB) checkpointWrite(w *walState, p []byte, off int64) error {
 	if !w.valid || off%ps != 0 || int64(len(p))%ps != 0 {
 		return fmt.Errorf("%s: write of %d bytes at %d outside a checkpoint: %w", db.name, len(p), off, ErrRefused)
 	}
+	sums := make([]uint64, 0, int64(len(p))/ps)
 	for i := int64(0); i < int64(len(p)); i += ps {
 		pgno := uint32((off+i)/ps) + 1
 		sum := uint64(ltx.PageChecksum(pgno, p[i:i+ps]))
+		sums = append(sums, sum)
 		if _, ok := w.versions[sum]; !ok && !db.committedVersion(pgno, sum) {
 			return fmt.Errorf("%s: page %d is no version of this WAL: %w", db.name, pgno, ErrRefused)
 		}
@@ -371,8 +373,9 @@ func (db *DB) checkpointWrite(w *walState, p []byte, off int64) error {
 			db.confirmWAL(w, db.pend) // only published frames are checkpointed
 		}
 	}
-	for i := int64(0); i < int64(len(p)); i += ps {
-		if err := db.checkpointPage(w, uint32((off+i)/ps)+1, p[i:i+ps]); err != nil {
+	for n, sum := range sums {
+		i := int64(n) * ps
+		if err := db.checkpointPage(w, uint32((off+i)/ps)+1, p[i:i+ps], sum); err != nil {
 			return err
 		}
 	}
@@ -380,15 +383,15 @@ func (db *DB) checkpointWrite(w *walState, p []byte, off int64) error {
 	return nil
 }
 
-// checkpointPage takes one page of a checkpoint. An older version (a reader
+// checkpointPage takes one page of a checkpoint, whose checksum is sum. An older version (a reader
 // holds the checkpoint back) never goes over a newer one that is in the file
 // already: base may have moved past it.
-func (db *DB) checkpointPage(w *walState, pgno uint32, p []byte) error {
+func (db *DB) checkpointPage(w *walState, pgno uint32, p []byte, sum uint64) error {
 	newest, err := db.sum(pgno)
 	if err != nil {
 		return err
 	}
-	isNewest := newest == uint64(ltx.PageChecksum(pgno, p))
+	isNewest := newest == sum
 	if _, waits := w.pages[pgno]; !waits && !isNewest && pgno <= db.at.Commit {
 		return nil
 	}
