@@ -170,7 +170,10 @@ func (d *osFS) Rename(oldname, newname string) error {
 	if err != nil {
 		return err
 	}
-	return os.Rename(from, to)
+	if err := syscall.Rename(from, to); err != nil { // os.Rename does not replace an empty folder
+		return &os.LinkError{Op: "rename", Old: from, New: to, Err: err}
+	}
+	return nil
 }
 
 func (d *osFS) ReadDir(name string) ([]fs.DirEntry, error) {

@@ -12,6 +12,7 @@ import (
 	"unsafe"
 
 	"github.com/litefs-agent/litefs-agent/internal/disk"
+	"github.com/litefs-agent/litefs-agent/internal/simdisk"
 )
 
 func newOS(t testing.TB) (disk.FS, string) {
@@ -68,6 +69,35 @@ func TestOSFile(t *testing.T) {
 	}
 	if free, err := d.Free(); free <= 0 || err != nil {
 		t.Fatalf("Free = %d, %v", free, err)
+	}
+}
+
+// A folder replaces an empty folder, as rename(2) has it, on both disks.
+func TestRenameFolder(t *testing.T) {
+	d, _ := newOS(t)
+	t.Run("os", func(t *testing.T) { renameFolder(t, d) })
+	t.Run("simulated", func(t *testing.T) { renameFolder(t, simdisk.New(simdisk.Options{})) })
+}
+
+func renameFolder(t *testing.T, d disk.FS) {
+	for _, name := range []string{"from", "from/f", "empty", "full", "full/f"} {
+		if err := d.Mkdir(name, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, tc := range []struct {
+		to   string
+		want error
+	}{{"full", syscall.ENOTEMPTY}, {"from/f/g", syscall.EINVAL}, {"empty", nil}} {
+		if err := d.Rename("from", tc.to); !errors.Is(err, tc.want) {
+			t.Errorf("rename to %s: got %v, want %v", tc.to, err, tc.want)
+		}
+	}
+	if list, err := d.ReadDir("empty"); err != nil || len(list) != 1 || list[0].Name() != "f" {
+		t.Errorf("the replaced folder holds %v (%v), want f", list, err)
+	}
+	if _, err := d.ReadDir("from"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the old name: got %v, want ErrNotExist", err)
 	}
 }
 

@@ -519,16 +519,22 @@ func (d *Disk) Remove(name string) error {
 	if ino == nil {
 		return pathError("remove", name, syscall.ENOENT)
 	}
-	if ino.dir {
-		for other := range d.names {
-			if strings.HasPrefix(other, name+"/") || name == "." {
-				return pathError("remove", name, syscall.ENOTEMPTY)
-			}
-		}
+	if ino.dir && d.populated(name) {
+		return pathError("remove", name, syscall.ENOTEMPTY)
 	}
 	d.meta(func(names map[string]*inode) { delete(names, name) })
 	d.unlink(ino)
 	return nil
+}
+
+// populated reports whether the folder holds anything. The caller holds d.mu.
+func (d *Disk) populated(name string) bool {
+	for other := range d.names {
+		if name == "." || strings.HasPrefix(other, name+"/") {
+			return true
+		}
+	}
+	return false
 }
 
 // Rename implements disk.FS.
@@ -548,7 +554,11 @@ func (d *Disk) Rename(oldname, newname string) error {
 		return nil
 	case over != nil && over.dir && !ino.dir:
 		return pathError("rename", oldname, syscall.EISDIR)
-	case over != nil && (over.dir || ino.dir), strings.HasPrefix(newname, oldname+"/"):
+	case over != nil && !over.dir && ino.dir:
+		return pathError("rename", oldname, syscall.ENOTDIR)
+	case strings.HasPrefix(newname, oldname+"/"):
+		return pathError("rename", oldname, syscall.EINVAL)
+	case over != nil && over.dir && d.populated(newname):
 		return pathError("rename", oldname, syscall.ENOTEMPTY)
 	}
 	d.meta(func(names map[string]*inode) {
