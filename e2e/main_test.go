@@ -21,7 +21,7 @@ var (
 
 func TestMain(m *testing.M) {
 	flag.Parse()
-	testrig.Main(m, nil)
+	testrig.Main(m, map[string]testrig.Helper{"posix": runPosix})
 }
 
 // random returns the source of a random test, and says on failure how to repeat
