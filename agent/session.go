@@ -24,9 +24,6 @@ const (
 	compactLimit = 1 << 20
 	// turn is how many records one database may send before the next gets its turn.
 	turn = 16
-	// groupPatience bounds how long the record of a transaction over several
-	// databases waits for its siblings, which may never come: then it goes alone.
-	groupPatience = 10 * time.Second
 	// unreadable is how many faults in a row make what cannot be read a gap.
 	unreadable = 3
 )
@@ -57,7 +54,7 @@ type session struct {
 }
 
 // A shipping is what a session knows of one database. Guarded by session.mu, but
-// for held, next, waits and whole, which the sending goroutine alone uses
+// for held, next and whole, which the sending goroutine alone uses
 // while busy is false, and the bulk goroutine while it is true.
 type shipping struct {
 	name    string
@@ -65,7 +62,6 @@ type shipping struct {
 	next    ltx.Pos         // where the hub will be once all that was sent has arrived
 	whole   bool            // only a snapshot helps
 	held    *store.Shipment // read from the engine, waits for room or for its group
-	waits   time.Time       // since when held waits for its group; zero: it does not
 	size    int64           // of the database, for the order
 	busy    bool            // a bulk goroutine sends
 	cancel  context.CancelFunc
@@ -217,11 +213,6 @@ func (s *session) pass(ctx context.Context) (again time.Duration, err error) {
 				s.dirty[x.name] = struct{}{}
 			case blocked:
 				s.dirty[x.name] = struct{}{}
-				if x.held != nil && !x.waits.IsZero() {
-					if d := max(time.Millisecond, time.Until(x.waits.Add(groupPatience))); again == 0 || d < again {
-						again = d
-					}
-				}
 			case undurable:
 				s.undurable[x.name] = struct{}{}
 			case paused:
@@ -297,7 +288,7 @@ func (s *session) shipOne(ctx context.Context, x *shipping) (outcome, error) {
 			s.fault(x, fmt.Errorf("read what follows %s: %w", x.next, err), time.Second)
 			return paused, nil
 		}
-		x.held, x.waits = sh, time.Time{}
+		x.held = sh
 	}
 	if x.held.History != x.history {
 		s.mu.Lock()
@@ -345,40 +336,19 @@ func (s *session) sendHeld(ctx context.Context, x *shipping, group uint64) error
 }
 
 // sendGroup sends the record of a transaction over several databases together with
-// its siblings, once all of them are up to it. One whose siblings are at the hub
-// already, or do not come, goes alone.
+// its siblings, once all of them are up to it (invariant 12). One whose siblings are
+// at the hub already, or void, goes alone.
 func (s *session) sendGroup(ctx context.Context, x *shipping) (outcome, error) {
 	var list []*shipping
 	var size int64
-	now := time.Now()
-	if x.waits.IsZero() {
-		x.waits = now
-	}
-	alone := now.Sub(x.waits) >= groupPatience
 	for _, part := range x.held.Parts {
-		if alone && part.Name != x.name {
-			continue
+		y, out := s.sibling(x, part)
+		if out != more {
+			return out, nil
 		}
-		s.mu.Lock()
-		y := s.shipping(part.Name)
-		busy, resync := y.busy, y.resync != nil
-		unanswered := y != x && slices.ContainsFunc(y.flight, func(f flight) bool { return f.pos.TXID >= part.TXID })
-		s.mu.Unlock()
-		switch {
-		case busy || resync || y.whole:
-			return blocked, nil
-		case unanswered:
-			// Sent before: if that is refused both go again, if not x goes alone.
-			return blocked, nil
-		case y.held != nil && y.held.Group == x.held.Group:
+		if y != nil {
 			list = append(list, y)
 			size += y.held.Size
-		case y.next.TXID < part.TXID:
-			// It comes when its turn does; held is kept until then.
-			s.mu.Lock()
-			s.dirty[y.name] = struct{}{}
-			s.mu.Unlock()
-			return blocked, nil
 		}
 	}
 	if !s.reserve(size) {
@@ -398,6 +368,33 @@ func (s *session) sendGroup(ctx context.Context, x *shipping) (outcome, error) {
 		}
 	}
 	return more, nil
+}
+
+// sibling returns who is to be sent together with x for one part of its group,
+// nil if nobody is, and more; or why x has to wait.
+func (s *session) sibling(x *shipping, part store.GroupPart) (*shipping, outcome) {
+	db := s.st.DB(part.Name)
+	if db == nil || db.Place().History != part.History {
+		return nil, more // it was dropped, or began again: its part is void
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	y := s.shipping(part.Name)
+	unanswered := y != x && slices.ContainsFunc(y.flight, func(f flight) bool { return f.pos.TXID >= part.TXID })
+	switch {
+	case y.busy || y.resync != nil || y.whole:
+		return nil, blocked
+	case unanswered:
+		// Sent before: if that is refused both go again, if not x goes alone.
+		return nil, blocked
+	case y.held != nil && y.held.Group == x.held.Group:
+		return y, more
+	case y.next.TXID < part.TXID:
+		// It comes when its turn does; held is kept until then.
+		s.dirty[y.name] = struct{}{}
+		return nil, blocked
+	}
+	return nil, more
 }
 
 // push sends one shipment. counted bytes of it were taken from the window. Only

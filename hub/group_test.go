@@ -200,3 +200,97 @@ func (c *scripted) Limits() transport.Limits {
 }
 func (c *scripted) Stats() transport.Stats { return transport.Stats{} }
 func (c *scripted) Close() error           { return nil }
+
+// However long a node was without its hub, and whatever became of the log
+// meanwhile, the records of a transaction over several databases go together.
+func TestGroupAfterOutage(t *testing.T) {
+	r := newRig(t, 13)
+	r.nodeOpt.Budget = 1 << 20 // four segments
+	r.linkOpt.CompactFrom = 2
+	r.startNode()
+	r.closeLink()
+	names := []string{"g1.db", "g2.db", "g3.db"}
+	type member struct {
+		name string
+		txid ltx.TXID
+	}
+	groups := make(map[member]int) // of which transaction a record is a part
+	for i := range 40 {
+		r.commit(names[i%3], 6)
+		pair := []string{names[i%3], names[(i+1)%3]}
+		var dbs []*pager.DB
+		var changes []pager.Change
+		for _, name := range pair {
+			db := r.world.DB(name)
+			db.Sync = pager.Full
+			ch := db.RandomChange(6)
+			ch.Rollback = false
+			dbs, changes = append(dbs, db), append(changes, ch)
+		}
+		if err := r.world.Group(dbs, changes); err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range pair {
+			groups[member{name, r.node.DB(name).Pos().TXID}] = i + 1
+		}
+		for range 3 { // until the ring has turned
+			r.commit("other.db", 30)
+		}
+	}
+	r.closeLink()
+	r.world.Kill()
+	if err := r.node.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if list, err := r.nodeFS.ReadDir("groups"); err != nil || len(list) < 20 {
+		t.Fatalf("%d group files, error %v: the log has not given the records up", len(list), err)
+	}
+	r.startHub()
+	sent := make(chan *transport.Push, 4096)
+	r.tap = sent
+	r.startNode()
+	r.settle()
+	r.closeLink()
+	close(sent)
+	numbers := make(map[int]uint64)
+	for p := range sent {
+		want := groups[member{p.Name, p.MaxTXID}]
+		switch {
+		case want == 0 && p.Group != 0:
+			t.Errorf("%s of %s is no part of a group and is sent as one", p.MaxTXID, p.Name)
+		case want != 0 && (p.Group == 0 || p.Parts != 2 || p.MinTXID != p.MaxTXID):
+			t.Errorf("%s of %s is sent as %s to %s, group %d of %d; want one part of 2", p.MaxTXID, p.Name, p.MinTXID, p.MaxTXID, p.Group, p.Parts)
+		case want != 0 && numbers[want] != 0 && numbers[want] != p.Group:
+			t.Errorf("transaction %d is sent as groups %d and %d", want, numbers[want], p.Group)
+		case want != 0:
+			numbers[want] = p.Group
+			delete(groups, member{p.Name, p.MaxTXID})
+		}
+	}
+	if len(groups) > 0 {
+		t.Errorf("never sent as parts: %v", groups)
+	}
+}
+
+// tapped is a Dialer that copies the pushes of its connections.
+type tapped struct {
+	transport.Dialer
+	pushes chan<- *transport.Push
+}
+
+func (d tapped) Dial(ctx context.Context, h *transport.Hello) (transport.Conn, *transport.Welcome, error) {
+	c, w, err := d.Dialer.Dial(ctx, h)
+	return tappedConn{c, d.pushes}, w, err
+}
+
+type tappedConn struct {
+	transport.Conn
+	pushes chan<- *transport.Push
+}
+
+func (c tappedConn) Send(ctx context.Context, m transport.Message) error {
+	if p, ok := m.(*transport.Push); ok {
+		c.pushes <- p
+	}
+	return c.Conn.Send(ctx, m)
+}

@@ -38,7 +38,8 @@ type rig struct {
 	log    *slog.Logger
 	site   transport.Site
 	relay  *relay
-	direct bool // the node dials the hub without the relay
+	direct bool                   // the node dials the hub without the relay
+	tap    chan<- *transport.Push // if not nil: gets what the node sends
 
 	nodeFS, hubFS disk.FS
 	nodeOpt       store.Options
@@ -182,9 +183,13 @@ func (r *rig) newLink() {
 	if err != nil {
 		r.tb.Fatal(err)
 	}
+	var dialer transport.Dialer = d
+	if r.tap != nil {
+		dialer = tapped{d, r.tap}
+	}
 	opt := r.linkOpt
 	opt.FS, opt.Log = r.nodeFS, r.log.With("at", "node")
-	opt.Endpoints = []agent.Endpoint{{URL: "http://" + addr, Dialer: d}}
+	opt.Endpoints = []agent.Endpoint{{URL: "http://" + addr, Dialer: dialer}}
 	if r.link, err = agent.NewLink(opt); err != nil {
 		r.tb.Fatal(err)
 	}

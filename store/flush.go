@@ -445,7 +445,7 @@ func (db *DB) finishBase(b baseMove) {
 		// A new transaction may have taken the name of an aborted one.
 		if i := slices.Index(db.side, name); i >= 0 {
 			db.side = slices.Delete(db.side, i, i+1)
-			_ = db.st.fs.Remove(name)
+			db.st.removeKept(name)
 		}
 	}
 	if !db.file.inUse() {

@@ -1,7 +1,6 @@
 package store
 
 import (
-	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -10,7 +9,6 @@ import (
 	"strings"
 
 	"github.com/litefs-agent/litefs-agent/internal/commitlog"
-	"github.com/litefs-agent/litefs-agent/ltx"
 )
 
 // A group record holds the parts of one transaction over several databases:
@@ -202,36 +200,6 @@ func splitGroup(payload []byte, fn func(h commitlog.Header, off int64, body []by
 }
 
 var errBadRecord = errors.New("record of the log does not decode")
-
-// A GroupPart names one record of a transaction over several databases.
-type GroupPart struct {
-	Name string
-	TXID ltx.TXID
-}
-
-// groupParts reads which databases the group record that holds e changes.
-func (st *Store) groupParts(e entry) ([]GroupPart, error) {
-	payload := make([]byte, e.ref.Len)
-	if err := st.wlog.ReadAt(e.ref, payload, 0); err != nil {
-		return nil, fmt.Errorf("read group record: %w", err)
-	}
-	var list []GroupPart
-	err := splitGroup(payload, func(h commitlog.Header, _ int64, body []byte) error {
-		header, err := ltx.ReadHeader(bytes.NewReader(body))
-		if err != nil {
-			return err
-		}
-		st.nsMu.RLock()
-		db := st.byID[h.DB]
-		st.nsMu.RUnlock()
-		if db == nil {
-			return fmt.Errorf("part of database %d, which is gone: %w", h.DB, errBadRecord)
-		}
-		list = append(list, GroupPart{db.name, header.MinTXID})
-		return nil
-	})
-	return list, err
-}
 
 // ApplyGroup takes the records of one transaction over several databases: all
 // become the positions of their databases, in one record of the log, or none.

@@ -65,8 +65,11 @@ func (db *DB) forget(need ltx.TXID) {
 // held.
 func (db *DB) dropFiles(list []entry) {
 	for _, e := range list {
-		if e.path != "" {
+		if e.path != "" && !e.inGroupFile() {
 			db.side = append(db.side, e.path)
+		}
+		if e.group != 0 && e.lsn == 0 {
+			db.side = append(db.side, groupPath(e.group))
 		}
 	}
 }
@@ -96,8 +99,8 @@ func (db *DB) writeLevels(list []entry, acked, sent ltx.TXID) ([]entry, error) {
 	var kept []entry
 	for i := 0; i < len(list); {
 		e := list[i]
-		if e.path != "" {
-			if err := db.keepSideFile(&e); err != nil {
+		if e.path != "" || e.group != 0 {
+			if err := db.keepSingle(&e); err != nil {
 				return nil, err
 			}
 			kept = append(kept, e)
@@ -106,7 +109,7 @@ func (db *DB) writeLevels(list []entry, acked, sent ltx.TXID) ([]entry, error) {
 		}
 		k := i + 1
 		if e.max <= acked || e.min > sent {
-			for k < len(list) && list[k].path == "" && (list[k].max <= acked) == (e.max <= acked) {
+			for k < len(list) && list[k].path == "" && list[k].group == 0 && (list[k].max <= acked) == (e.max <= acked) {
 				k++
 			}
 		}
@@ -124,9 +127,16 @@ func (db *DB) writeLevels(list []entry, acked, sent ltx.TXID) ([]entry, error) {
 	return kept, nil
 }
 
-// keepSideFile makes the side file of a log record a level file.
-func (db *DB) keepSideFile(e *entry) error {
-	e.lsn, e.group = 0, 0
+// keepSingle has a record that the log is about to lose, and that cannot be
+// compacted, refer to files: a part of a group to the group's, and a side file,
+// which becomes a level file.
+func (db *DB) keepSingle(e *entry) error {
+	if e.group != 0 && e.lsn != 0 {
+		if err := db.st.keepGroup(e); err != nil {
+			return fmt.Errorf("%s: %w", db.name, err)
+		}
+	}
+	e.lsn, e.ref = 0, commitlog.Ref{}
 	name, ok := strings.CutSuffix(e.path, extSide)
 	if !ok {
 		return nil
@@ -221,10 +231,12 @@ func (db *DB) mergeLevels(from int, base position) (forgotten []entry, err error
 	if n <= maxLevelFiles {
 		return nil, nil
 	}
-	// Those that the hub may stand between (sent and not acked) stay single, and
-	// what recovery does not need stays apart.
+	// Those that the hub may stand between (sent and not acked) stay single, and so
+	// do parts of groups that it lacks. What recovery does not need stays apart.
 	class := func(e entry) int {
 		switch {
+		case e.group != 0 && db.st.opt.Shipping && e.max > acked:
+			return 3
 		case e.max <= acked && e.max <= base.TXID:
 			return 0
 		case e.max <= acked:
@@ -262,6 +274,9 @@ func (db *DB) mergeLevels(from int, base position) (forgotten []entry, err error
 func (st *Store) openRecord(e entry) (io.ReadCloser, error) {
 	if e.path == "" {
 		return io.NopCloser(io.NewSectionReader(logReader{st.wlog, e.ref}, e.off, e.size)), nil
+	}
+	if e.inGroupFile() {
+		return st.openPart(e)
 	}
 	f, err := st.fs.OpenFile(e.path, os.O_RDONLY, 0)
 	if name, ok := strings.CutSuffix(e.path, extSide); ok && errors.Is(err, os.ErrNotExist) {

@@ -18,11 +18,11 @@ type entry struct {
 	time      int64  // ms
 	size      int64  // bytes of the LTX
 	full      bool   // holds every page: needs nothing before it
-	group     uint64 // not 0: number of the group record that holds it
+	group     uint64 // not 0: number (LSN) of the group record that holds it
 
 	lsn  commitlog.LSN // 0 if only in a file
 	ref  commitlog.Ref
-	off  int64  // of the LTX bytes in the payload
+	off  int64  // of the LTX bytes in the payload, in the log or in a group file
 	path string // file in the data folder, "" if in the log
 }
 

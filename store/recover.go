@@ -24,6 +24,7 @@ type recovering struct {
 	meta    dbMeta
 	hasMeta bool
 	logged  []entry // records in the log, ascending, aborted ones taken out
+	grouped []entry // parts of group files
 	damaged error
 	firstN  commitlog.LSN // first log record beyond the metadata
 }
@@ -57,6 +58,9 @@ func (st *Store) recover() error {
 		st.log.Error("the log is damaged: records are missing; the segment is kept aside",
 			"file", d.File, "from", d.From, "to", d.To, "reason", d.Reason)
 	}
+	if err := r.readGroups(); err != nil {
+		return err
+	}
 	ids := make([]uint32, 0, len(r.byID))
 	for id := range r.byID {
 		ids = append(ids, id)
@@ -67,7 +71,7 @@ func (st *Store) recover() error {
 			return err
 		}
 	}
-	return nil
+	return st.collectGroups()
 }
 
 func (st *Store) flushAfter() time.Duration {
@@ -249,11 +253,11 @@ func (x *recovering) finish() error {
 	if err := x.findSideFiles(); err != nil {
 		return err
 	}
-	files, err := db.levelFiles(x.logged)
+	files, err := db.levelFiles(slices.Concat(x.logged, x.grouped))
 	if err != nil {
 		return err
 	}
-	list := chainEntries(files, x.logged)
+	list := chainEntries(slices.Concat(x.grouped, files), x.logged)
 	if m := x.meta; x.hasMeta {
 		db.metaSeq, db.metaSlot = m.Seq, m.slot
 		if m.History == db.history {
@@ -344,9 +348,9 @@ func (st *Store) place(db *DB) error {
 	return nil
 }
 
-// levelFiles lists the level files of the present history, and removes what a
-// crash left of unfinished ones.
-func (db *DB) levelFiles(logged []entry) ([]entry, error) {
+// levelFiles lists the level files of the present history but for known ones, and
+// removes what a crash left of unfinished ones.
+func (db *DB) levelFiles(known []entry) ([]entry, error) {
 	root := path.Join(db.dir, fmt.Sprintf("%016x", db.history))
 	levels, err := db.st.fs.ReadDir(root)
 	if errors.Is(err, os.ErrNotExist) {
@@ -366,7 +370,7 @@ func (db *DB) levelFiles(logged []entry) ([]entry, error) {
 		}
 		for _, n := range names {
 			name := path.Join(root, l.Name(), n.Name())
-			if slices.ContainsFunc(logged, func(e entry) bool { return e.path == name }) {
+			if slices.ContainsFunc(known, func(e entry) bool { return e.path == name }) {
 				continue
 			}
 			e, err := db.readLevelFile(name)

@@ -31,6 +31,7 @@ type Store struct {
 	log      *slog.Logger
 	wlog     *commitlog.Log
 	pool     *sparse.Pool
+	groups   groupFiles
 	inos     *inodes
 	root     *dir
 	nodeHash uint64
