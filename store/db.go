@@ -56,6 +56,8 @@ type DB struct {
 	mtime atomic.Int64 // unix nanoseconds
 	fence atomic.Pointer[error]
 
+	fencing chan struct{} // closed when fence is set
+
 	queued atomic.Bool // in Store.flushList
 
 	flushMu sync.Mutex // held by whoever applies layers to the files or moves base
@@ -110,6 +112,7 @@ func (st *Store) newDB(f *file, name string) *DB {
 		st: st, name: name, dir: dbDir(name), file: f,
 		log:      st.opt.Logger.With("db", name),
 		resolved: make(chan struct{}),
+		fencing:  make(chan struct{}),
 	}
 	db.stack.Store(&layers{committed: []*layer{newLayer(st.pool)}})
 	return db
@@ -124,6 +127,7 @@ func (db *DB) Name() string { return db.name }
 func (db *DB) fenceWith(err error) {
 	e := fmt.Errorf("%s: %w: %w; restart the agent to recover it from the log", db.name, ErrFenced, err)
 	if db.fence.CompareAndSwap(nil, &e) {
+		close(db.fencing)
 		db.log.Error("database fenced: writes fail until the agent is restarted", "err", err)
 	}
 }

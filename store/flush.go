@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math"
 	"os"
 	"path"
@@ -64,6 +65,7 @@ func (st *Store) flushLoop() {
 	defer st.wg.Done()
 	timer := time.NewTimer(time.Hour)
 	timer.Stop()
+	waiting := repeated{log: st.log, msg: "committed pages wait in memory: the data folder refuses them"}
 	for {
 		select {
 		case <-st.done:
@@ -75,13 +77,38 @@ func (st *Store) flushLoop() {
 		case <-timer.C:
 			st.flushArmed.Store(false)
 		}
-		if err := st.flushAll(); err != nil {
-			st.log.Warn("committed pages wait in memory: the data folder refuses them", "err", err)
-			if !st.flushArmed.Swap(true) {
-				timer.Reset(lazyApply)
-			}
+		err := st.flushAll()
+		waiting.report(err)
+		if err != nil && !st.flushArmed.Swap(true) {
+			timer.Reset(lazyApply)
 		}
 		st.checkpointIfNeeded()
+	}
+}
+
+// A repeated fault is logged when it begins, at most every 30 s with the number
+// of times while it lasts, and when it is over.
+type repeated struct {
+	log *slog.Logger
+	msg string
+
+	n    int // times since it began
+	last time.Time
+}
+
+// report takes note of the fault, or with nil of its end.
+func (r *repeated) report(err error) {
+	if err == nil {
+		if r.n > 0 {
+			r.log.Info(r.msg+": over", "n", r.n)
+		}
+		r.n = 0
+		return
+	}
+	r.n++
+	if r.n == 1 || time.Since(r.last) > 30*time.Second {
+		r.log.Warn(r.msg, "err", err, "n", r.n)
+		r.last = time.Now()
 	}
 }
 

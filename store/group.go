@@ -31,9 +31,9 @@ type groupPart struct {
 // commitGroup is the UNLINK of a super-journal: the commit of every database
 // whose armed journal names it. The record is durable before it returns.
 func (st *Store) commitGroup(name string) error {
-	members := st.groupMembers(path.Base(name))
-	if len(members) == 0 {
-		return nil
+	members, err := st.groupMembers(path.Base(name))
+	if len(members) == 0 || err != nil {
+		return err
 	}
 	for _, db := range members {
 		db.mu.Lock()
@@ -69,19 +69,25 @@ func (st *Store) commitGroup(name string) error {
 }
 
 // groupMembers returns, in a fixed order, the databases whose armed journal
-// names the super-journal.
-func (st *Store) groupMembers(base string) []*DB {
+// names the super-journal. A journal that cannot be read may be one of them:
+// were it left out, SQLite would take its part for committed.
+func (st *Store) groupMembers(base string) ([]*DB, error) {
 	var list []*DB
 	for _, db := range st.named() {
 		db.mu.Lock()
+		name, err := "", error(nil)
 		if j := db.journal; j != nil && j.armed && !j.committed && j.open {
-			if name, err := j.superJournal(); err == nil && name == base {
-				list = append(list, db)
-			}
+			name, err = j.superJournal()
 		}
 		db.mu.Unlock()
+		if err != nil {
+			return nil, fmt.Errorf("%s: read the end of its journal: %w", db.name, err)
+		}
+		if name == base {
+			list = append(list, db)
+		}
 	}
-	return list
+	return list, nil
 }
 
 func partsOf(members []*DB) ([]groupPart, error) {

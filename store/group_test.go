@@ -3,6 +3,8 @@ package store
 import (
 	"fmt"
 	"math/rand/v2"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -146,4 +148,65 @@ func TestGroupBeyondTheLog(t *testing.T) {
 	if err := st.Close(); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// A journal in a spill file that cannot be read when the super-journal goes: the
+// transaction fails, since SQLite takes every error after that for none.
+func TestGroupWithUnreadableJournal(t *testing.T) {
+	d := simdisk.New(simdisk.Options{})
+	st, err := Open(Options{FS: d, Node: "n", SegmentSize: 256 << 10, Memory: 1 << 10, inline: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer st.Close()
+	reads := 0
+	w := pager.New(removeFS{testFS{st}, func(name string) {
+		if strings.Contains(name, "-mj") {
+			d.SetHook(func(op simdisk.Op) error {
+				if op.Kind == simdisk.OpRead && strings.HasSuffix(op.Name, "(unnamed)") {
+					reads++
+					return syscall.EIO
+				}
+				return nil
+			})
+		}
+	}}, rand.New(rand.NewPCG(1, 2)))
+	st.Attach(testPeer{w})
+	var dbs []*pager.DB
+	for i := range 2 {
+		db := w.DB(fmt.Sprintf("%d.db", i))
+		db.Sync = pager.Full
+		dbs = append(dbs, db)
+	}
+	change := func(n int) pager.Change {
+		ch := pager.Change{PageSize: 1024, Count: 40, Pages: map[int][]byte{}}
+		for pgno := 2; pgno <= ch.Count; pgno++ {
+			ch.Pages[pgno] = []byte(strings.Repeat(string(rune('a'+n)), 1024))
+		}
+		return ch
+	}
+	if err := w.Group(dbs, []pager.Change{change(0), change(1)}); err == nil {
+		t.Error("a group with an unreadable journal: got no error")
+	}
+	d.SetHook(nil)
+	if reads == 0 {
+		t.Error("no journal was read from a spill file: this tests nothing")
+	}
+	for _, db := range dbs {
+		if pos := st.DB(db.Name); pos != nil {
+			t.Errorf("%s: got %v, want no transaction", db.Name, pos.Pos())
+		}
+	}
+	w.Kill()
+}
+
+// removeFS calls before ahead of each Remove.
+type removeFS struct {
+	testFS
+	before func(name string)
+}
+
+func (r removeFS) Remove(name string) error {
+	r.before(name)
+	return r.testFS.Remove(name)
 }

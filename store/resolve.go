@@ -1,6 +1,9 @@
 package store
 
 import (
+	"errors"
+	"fmt"
+	"syscall"
 	"time"
 
 	"github.com/litefs-agent/litefs-agent/internal/sqlitefile"
@@ -133,6 +136,8 @@ func (db *DB) resolve(force bool) bool {
 		return db.settleAs(p, true)
 	case unknown:
 		return false
+	case unreadable:
+		return true // fenced
 	}
 	if !force && time.Since(p.made) < resolveLast {
 		return false
@@ -142,8 +147,11 @@ func (db *DB) resolve(force bool) bool {
 		return false // the writer lives: it publishes, or gives up
 	}
 	defer func() { _ = peer.UnlockShm(shm, walWriteLock, 1) }()
-	if db.published(peer, shm, p, w) == yes {
+	switch db.published(peer, shm, p, w) {
+	case yes:
 		return db.settleAs(p, true)
+	case unreadable:
+		return true
 	}
 	return db.settleAs(p, false)
 }
@@ -154,6 +162,7 @@ const (
 	unknown answer = iota
 	yes
 	no
+	unreadable // by an error of the disk: the database is fenced
 )
 
 // published compares the wal-index with the record.
@@ -166,6 +175,9 @@ func (db *DB) published(peer Peer, shm Node, p *pending, w *walState) answer {
 		// (locking_mode=EXCLUSIVE beside a file that a killed program left), or it
 		// is dead, and the next opener recovers the WAL with this commit.
 		return yes
+	case errors.Is(err, syscall.EIO):
+		db.fenceWith(fmt.Errorf("read its wal-index: %w", err))
+		return unreadable
 	case err != nil || n < len(b):
 		return no
 	}
@@ -204,7 +216,10 @@ func (db *DB) settleAs(p *pending, committed bool) bool {
 	}
 	zero := make([]byte, sqlitefile.FrameHeaderSize)
 	for at := start; at < end; at += w.frameSize() {
-		_ = w.data.WriteAt(zero, at, nil)
+		if err := w.data.WriteAt(zero, at, nil); err != nil {
+			db.fenceWith(fmt.Errorf("take a commit frame back: %w", err))
+			break
+		}
 	}
 	node := w.node
 	db.st.later(func(p Peer) { p.InvalidateData(node, start, end-start) })
@@ -213,13 +228,14 @@ func (db *DB) settleAs(p *pending, committed bool) bool {
 
 // settle waits until nothing of the database is tentative, so that what a
 // program knows to be committed shows. A prepared rollback transaction is not
-// waited for: its COMMIT has not returned.
+// waited for: its COMMIT has not returned. Nor is that of a fenced database, which
+// nothing resolves any more.
 func (db *DB) settle() {
 	for {
 		db.mu.Lock()
 		p, ch := db.pend, db.resolved
 		db.mu.Unlock()
-		if p == nil || !p.wal {
+		if p == nil || !p.wal || db.fenced() != nil {
 			return
 		}
 		db.st.resolveIn(db, resolveNow)
@@ -229,6 +245,7 @@ func (db *DB) settle() {
 		}
 		select {
 		case <-ch:
+		case <-db.fencing:
 		case <-db.st.done:
 			return
 		}
@@ -240,7 +257,7 @@ func (db *DB) lockSettled() {
 	for {
 		db.settle()
 		db.mu.Lock()
-		if db.pend == nil || !db.pend.wal || db.st.closing() {
+		if db.pend == nil || !db.pend.wal || db.fenced() != nil || db.st.closing() {
 			return
 		}
 		db.mu.Unlock()

@@ -4,8 +4,10 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"slices"
+	"syscall"
 
 	"github.com/litefs-agent/litefs-agent/internal/commitlog"
 	"github.com/litefs-agent/litefs-agent/internal/sparse"
@@ -85,9 +87,16 @@ func (db *DB) writeWAL(w *walState, p []byte, off int64) error {
 	w.high = max(w.high, off+int64(len(p)))
 	if restart {
 		w.high = off + int64(len(p))
-		db.readWALHeader(w)
+		if err := db.readWALHeader(w); err != nil {
+			return err
+		}
 	}
 	if !w.valid {
+		if off >= sqlitefile.WALHeaderSize {
+			// SQLite writes the header first: a frame without one would be committed
+			// for everybody but the log.
+			return fmt.Errorf("%s: frame of a WAL that has no valid header: %w", db.name, syscall.EIO)
+		}
 		return nil
 	}
 	return db.scanWAL(w, off, off+int64(len(p)))
@@ -116,13 +125,16 @@ func (db *DB) unreserveWAL(w *walState) {
 	w.reserved = 0
 }
 
-func (db *DB) readWALHeader(w *walState) {
+func (db *DB) readWALHeader(w *walState) error {
 	var b [sqlitefile.WALHeaderSize]byte
-	_, _ = w.data.ReadAt(b[:], 0)
+	if _, err := w.data.ReadAt(b[:], 0); err != nil && err != io.EOF {
+		return fmt.Errorf("%s: read the header of its WAL: %w", db.name, err)
+	}
 	w.header, w.valid = sqlitefile.ParseWALHeader(b[:])
 	w.end, w.sum = sqlitefile.WALHeaderSize, w.header.Sum
 	w.pages = make(map[uint32]int64)
 	w.versions = make(map[uint64]struct{})
+	return nil
 }
 
 // refute takes the tentative record back if a WRITE at off goes over its frames:
@@ -228,7 +240,10 @@ func (db *DB) commitFrames(w *walState, end int64, commit uint32) error {
 	}
 	if err != nil {
 		// The WRITE fails, so a later recovery of the WAL must not find this commit.
-		_ = w.data.WriteAt(make([]byte, sqlitefile.FrameHeaderSize), end-w.frameSize(), nil)
+		zero := make([]byte, sqlitefile.FrameHeaderSize)
+		if zerr := w.data.WriteAt(zero, end-w.frameSize(), nil); zerr != nil {
+			db.fenceWith(fmt.Errorf("take a commit frame back: %w", zerr))
+		}
 		return noSpace(err)
 	}
 	start := w.end
