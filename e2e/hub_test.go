@@ -132,6 +132,10 @@ func sameAtHub(env *testrig.Env, node, hub *testrig.Service, base string) {
 		got, err := readPos(there + "-pos")
 		return err == nil && got == pos
 	})
+	// It was acked, so it is durable there.
+	if got, err := readPos(there + "-acked"); err != nil || got != pos {
+		env.Errorf("%s-acked at the hub's mount: got %v (%v), want %v", there, got, err, pos)
+	}
 	out := env.Folder("export")
 	mine, theirs := filepath.Join(out, base+"-node"), filepath.Join(out, base+"-hub")
 	env.Must(node.Client("export", "--force", "--db", base, "-o", mine), "")

@@ -55,7 +55,7 @@ func Run(ctx context.Context, cfg Config, opts Options) (err error) {
 		Reserved: func(string) bool { return true },
 		Writer:   writerOf,
 		Lag:      func() (time.Duration, bool) { return 0, true }, // it is the hub
-		FileMode: uint32(mount.FileMode),
+		FileMode: uint32(mount.FileMode), Home: true,
 		Flush:    cfg.Sync.Flush.Std(), Budget: int64(cfg.Sync.Budget), Memory: int64(cfg.Sync.Memory),
 	})
 	if err != nil || ctx.Err() != nil {

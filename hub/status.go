@@ -29,8 +29,7 @@ func (h *Ingest) status() []control.StatusNodeAtHub {
 		id, name := splitName(db.Name())
 		d := service.Database(db, id, "replica")
 		d.Name = name // as its node calls it; at the hub's mount it is below nodes/ID/
-		// What is here is what was acked. Age is the node's to know.
-		d.Acked, d.Archived = d.Pos, d.Pos
+		// Age is the node's to know.
 		if known[id].connected {
 			d.LagMS = new(int64)
 		}

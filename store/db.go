@@ -301,7 +301,7 @@ func (db *DB) Info() Info {
 		Name: db.name, ID: db.id, History: db.history, Epoch: db.epoch,
 		Pos: db.at.Pos, PageSize: db.at.PageSize, Commit: db.at.Commit,
 		WAL: db.walHeader(), Fenced: db.fenced(), Last: db.lastTime,
-		Acked: db.recs.acked, Backlog: db.recs.backlog(),
+		Acked: db.ackedLocked(), Backlog: db.recs.backlog(),
 	}
 }
 

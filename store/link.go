@@ -146,11 +146,28 @@ func (db *DB) NewHistory() error {
 	return err
 }
 
-// Acked returns the position that the hub has confirmed.
+// Acked returns the position that the hub has confirmed: at the hub, what is
+// durable.
 func (db *DB) Acked() ltx.Pos {
 	db.mu.Lock()
 	defer db.mu.Unlock()
-	return db.recs.acked
+	return db.ackedLocked()
+}
+
+func (db *DB) ackedLocked() ltx.Pos {
+	durable := db.st.wlog.Durable()
+	switch {
+	case !db.st.opt.Home:
+		return db.recs.acked
+	case db.last <= durable:
+		return db.at.Pos
+	}
+	for _, e := range slices.Backward(db.recs.list) {
+		if e.lsn <= durable {
+			return ltx.Pos{TXID: e.max, PostApplyChecksum: e.post}
+		}
+	}
+	return db.base.Pos
 }
 
 // A Branch is a history of a database that is not its current one, kept.

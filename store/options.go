@@ -33,6 +33,8 @@ type Options struct {
 	Lag func() (d time.Duration, ok bool)
 	// Shipping says that records are kept until they are acked.
 	Shipping bool
+	// Home says that this is the hub: what is durable here is acked.
+	Home bool
 
 	FileMode uint32 // permission bits of databases after a restart and of replicas; default 0660
 
