@@ -168,6 +168,9 @@ func (l *Link) Run(ctx context.Context) {
 		return
 	}
 	l.keep(ctx, func(ctx context.Context, c transport.Conn, w *transport.Welcome) error {
+		if err := l.catchUp(ctx, c, w); err != nil {
+			return err
+		}
 		return l.ship(ctx, c, w)
 	}, false)
 }

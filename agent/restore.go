@@ -99,7 +99,7 @@ func (l *Link) fetch(ctx context.Context, c transport.Conn, d transport.Database
 		return err
 	}
 	defer f.Close()
-	p, size, err := receiveSnapshot(ctx, c, d.Name, f)
+	p, size, err := receiveRecord(ctx, c, d.Name, f)
 	if err != nil {
 		return fmt.Errorf("restore %s: %w", d.Name, err)
 	}
@@ -120,37 +120,43 @@ func (l *Link) fetch(ctx context.Context, c transport.Conn, d transport.Database
 	return nil
 }
 
-// receiveSnapshot writes the one record that answers a subscription into f.
-func receiveSnapshot(ctx context.Context, c transport.Conn, name string, f disk.File) (p *transport.Push, size int64, err error) {
+// A nakError is a subscription that the hub refused.
+type nakError struct{ *transport.Nak }
+
+func (e *nakError) Error() string { return fmt.Sprintf("the hub refuses: %s: %s", e.Code, e.Text) }
+
+// receiveRecord writes the next record that answers a subscription into f.
+// Errors but a nakError end the session.
+func receiveRecord(ctx context.Context, c transport.Conn, name string, f disk.File) (p *transport.Push, size int64, err error) {
 	in := transport.Inbound{Max: 1}
 	for {
 		m, err := c.Recv(ctx)
 		if err != nil {
-			return nil, 0, err
+			return nil, 0, &sessionError{err}
 		}
 		var b []byte
 		last := false
 		switch m := m.(type) {
 		case *transport.Nak:
-			return nil, 0, fmt.Errorf("the hub refuses: %s: %s", m.Code, m.Text)
+			return nil, 0, &nakError{m}
 		case *transport.Push:
 			if p != nil || m.Name != name {
-				return nil, 0, fmt.Errorf("push of %s: %w", m.Name, transport.ErrCorrupt)
+				return nil, 0, &sessionError{fmt.Errorf("push of %s: %w", m.Name, transport.ErrCorrupt)}
 			}
 			if err := in.Push(m); err != nil {
-				return nil, 0, err
+				return nil, 0, &sessionError{err}
 			}
 			p, b, last = m, m.Payload, m.Last
 		case *transport.Data:
 			if known, err := in.Data(m); err != nil || known == nil {
-				return nil, 0, errors.Join(err, transport.ErrCorrupt)
+				return nil, 0, &sessionError{errors.Join(err, transport.ErrCorrupt)}
 			}
 			b, last = m.Payload, m.Last
 		default:
 			continue
 		}
 		if _, err := f.WriteAt(b, size); err != nil {
-			return nil, 0, err
+			return nil, 0, &sessionError{err} // more of it is on its way
 		}
 		if size += int64(len(b)); last {
 			return p, size, nil

@@ -538,6 +538,12 @@ func (s *session) forget(x *shipping) {
 //	another line ............................. a snapshot that replaces it; the hub keeps both
 func (s *session) start(x *shipping, db *store.DB, hub transport.DatabaseState) error {
 	info := db.Info()
+	if err := db.Damaged(); err != nil && hub.History == transport.History(info.History) {
+		s.mu.Lock()
+		x.resync = &hub
+		s.mu.Unlock()
+		return fmt.Errorf("what the hub has is kept from what is damaged here: %w", err)
+	}
 	s.mu.Lock()
 	x.drop()
 	s.forget(x)

@@ -229,11 +229,14 @@ func TestRestoredCard(t *testing.T) {
 		}
 
 		r.nodeFS = image
+		addr := r.relay.aimed()
+		r.relay.aim("")
 		r.startNode()
 		r.world.DB("a.db").Forget(head)
 		for range more {
 			r.commit("a.db", 20)
 		}
+		r.relay.aim(addr)
 		r.settle()
 		for range 2 {
 			list := r.hub.DB("nodes/n1/a.db").Branches()
@@ -246,6 +249,56 @@ func TestRestoredCard(t *testing.T) {
 			r.commit("a.db", 20)
 			r.settle()
 		}
+	}
+}
+
+// A card that was restored from an old image, and on which nothing was written
+// since, takes what the hub has.
+func TestRestoredCardWithNothingNew(t *testing.T) {
+	r := newRig(t, 16)
+	r.startHub()
+	r.startNode()
+	for range 5 {
+		r.commit("a.db", 20)
+	}
+	r.settle()
+	r.closeLink()
+	r.world.Kill()
+	if err := r.node.Close(); err != nil {
+		t.Fatal(err)
+	}
+	image := clone(t, r.nodeFS)
+	head := r.world.DB("a.db").Head()
+	r.startNode()
+	r.world.DB("a.db").Forget(head)
+	for range 10 {
+		r.commit("a.db", 20)
+	}
+	r.settle()
+	newest, now := r.node.DB("a.db").Info(), r.world.DB("a.db").Head()
+	r.closeLink()
+	r.world.Kill()
+	if err := r.node.Close(); err != nil {
+		t.Fatal(err)
+	}
+
+	r.nodeFS = image
+	r.startNode()
+	deadline := time.Now().Add(patience)
+	for r.node.DB("a.db").Place().Pos != newest.Pos {
+		if time.Now().After(deadline) {
+			t.Fatalf("the node stays at %s, the hub is at %s", r.node.DB("a.db").Place().Pos, newest.Pos)
+		}
+		time.Sleep(time.Millisecond) // polls a condition of two processes
+	}
+	r.world.DB("a.db").Forget(now)
+	r.commit("a.db", 20)
+	r.settle()
+	if got := r.node.DB("a.db").Info().History; got != newest.History {
+		t.Errorf("history %016x, want %016x as before", got, newest.History)
+	}
+	if list := r.hub.DB("nodes/n1/a.db").Branches(); len(list) != 0 {
+		t.Errorf("the hub keeps branches %+v, want none", list)
 	}
 }
 

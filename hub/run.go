@@ -56,7 +56,7 @@ func Run(ctx context.Context, cfg Config, opts Options) (err error) {
 		Writer:   writerOf,
 		Lag:      func() (time.Duration, bool) { return 0, true }, // it is the hub
 		FileMode: uint32(mount.FileMode), Home: true,
-		Flush:    cfg.Sync.Flush.Std(), Budget: int64(cfg.Sync.Budget), Memory: int64(cfg.Sync.Memory),
+		Flush: cfg.Sync.Flush.Std(), Budget: int64(cfg.Sync.Budget), Memory: int64(cfg.Sync.Memory),
 	})
 	if err != nil || ctx.Err() != nil {
 		return err

@@ -69,13 +69,6 @@ type stream struct {
 	size int64
 }
 
-// A group is a transaction over several databases, whose records wait for each
-// other.
-type group struct {
-	records []*record
-	applied chan struct{} // closed when all were applied, or none
-}
-
 func newSession(h *Ingest, node string, c transport.Conn, cancel context.CancelCauseFunc) *session {
 	s := &session{
 		h: h, node: node, c: c, cancel: cancel, done: make(chan struct{}),
@@ -354,100 +347,6 @@ func (s *session) check(db *store.DB, p *transport.Push) error {
 	return nil
 }
 
-// groupWait bounds how long the records of a group wait for each other.
-const groupWait = 30 * time.Second
-
-// applyGroup waits until every record of the group has reached its turn; the last
-// one applies them all.
-func (s *session) applyGroup(ctx context.Context, r *record) error {
-	s.mu.Lock()
-	g := s.groups[r.push.Group]
-	if g == nil {
-		s.mu.Unlock()
-		return errGivenUp
-	}
-	g.records = append(g.records, r)
-	last := len(g.records) >= int(r.push.Parts)
-	s.mu.Unlock()
-	if last {
-		s.applyParts(g.records)
-		s.endGroup(r.push.Group, g)
-		return r.err
-	}
-	select {
-	case <-g.applied:
-		return r.err
-	case <-ctx.Done():
-	case <-time.After(groupWait):
-	}
-	// Once all are there another goroutine has them, until it is done.
-	s.mu.Lock()
-	waiting := s.groups[r.push.Group] == g && len(g.records) < int(r.push.Parts)
-	if waiting {
-		for _, x := range g.records {
-			x.err = errGivenUp
-		}
-		delete(s.groups, r.push.Group)
-	}
-	s.mu.Unlock()
-	if waiting {
-		close(g.applied)
-	}
-	<-g.applied
-	return r.err
-}
-
-// giveUp ends the wait of a group of which a record was refused.
-func (s *session) giveUp(number uint64) {
-	if number == 0 {
-		return
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.lost = number
-	if g := s.groups[number]; g != nil {
-		for _, r := range g.records {
-			r.err = errGivenUp
-		}
-		delete(s.groups, number)
-		close(g.applied)
-	}
-}
-
-var errGivenUp = errors.New("the other records of its transaction did not come")
-
-func (s *session) endGroup(number uint64, g *group) {
-	s.mu.Lock()
-	delete(s.groups, number)
-	s.mu.Unlock()
-	close(g.applied)
-}
-
-func (s *session) applyParts(list []*record) {
-	var all []store.Incoming
-	var err error
-	for _, r := range list {
-		var in store.Incoming
-		if in, err = s.h.incoming(s.node, r); err != nil {
-			break
-		}
-		if in.Replace {
-			err = fmt.Errorf("%s: %w", in.Name, store.ErrHistory)
-			break
-		}
-		all = append(all, in)
-	}
-	if err == nil {
-		err = s.h.opt.Store.ApplyGroup(all)
-	}
-	for _, r := range list {
-		r.err = err
-		if db := s.h.opt.Store.DB(nameAt(s.node, r.push.Name)); err == nil && db != nil {
-			r.err = s.check(db, r.push)
-		}
-	}
-}
-
 // answer tells the node why a record was not taken, and where the hub stands.
 func (s *session) answer(ctx context.Context, r *record) {
 	code := transport.NakBusy
@@ -499,42 +398,6 @@ func bye(err error) error {
 		return transport.Refuse(transport.CodeCorrupt, "%v", err)
 	}
 	return err
-}
-
-// subscribe answers a node that asks for its database: a snapshot. Following a
-// database is not for a node's own, so the subscription ends with it.
-func (s *session) subscribe(ctx context.Context, m *transport.Subscribe) error {
-	db := s.h.opt.Store.DB(nameAt(s.node, m.Name))
-	if db == nil {
-		return s.c.Send(ctx, &transport.Nak{Name: m.Name, Code: transport.NakUnknownDatabase, Text: "no such database"})
-	}
-	s.wg.Go(func() {
-		if err := s.sendSnapshot(ctx, m.Name, db); err != nil && ctx.Err() == nil {
-			s.h.log.Warn("snapshot not sent", "peer", s.node, "db", m.Name, "err", err)
-			_ = s.c.Send(ctx, &transport.Nak{Name: m.Name, Code: transport.NakBusy, Text: "see the hub's log", RetryAfter: time.Second})
-		}
-	})
-	return nil
-}
-
-func (s *session) sendSnapshot(ctx context.Context, name string, db *store.DB) error {
-	s.sendMu.Lock()
-	defer s.sendMu.Unlock()
-	sh, err := db.SnapshotShipment()
-	if err != nil {
-		return err
-	}
-	defer sh.Body.Close()
-	s.sendN++
-	p := &transport.Push{
-		Stream: s.sendN, Name: name, History: transport.History(sh.History), Epoch: transport.Epoch(sh.Epoch),
-		Flags: transport.PushSnapshot, MinTXID: sh.Min, MaxTXID: sh.Max, PostApply: sh.Post,
-		CommitTime: sh.Time, PageSize: sh.PageSize, Size: sh.Size,
-	}
-	if sh.Commit == 0 {
-		p.Flags |= transport.PushDrop
-	}
-	return transport.SendPush(ctx, s.c, p, sh.Body)
 }
 
 // heard is when the node was last heard.

@@ -74,6 +74,7 @@ type DB struct {
 	pend     *pending      // the one unresolved tentative or prepared record (invariant 8)
 	resolved chan struct{}
 
+	damage  error    // what recovery found missing or wrong; Mend lifts it
 	base    position // every page up to it is in the fsynced file (invariant 5)
 	applied position // every page up to it is in the file, not fsynced
 	metaSeq uint64

@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path"
 	"strconv"
@@ -235,18 +234,6 @@ func (st *Store) collectGroups() error {
 		}
 	}
 	return nil
-}
-
-// openPart reads the LTX bytes of a part in a group file.
-func (st *Store) openPart(e entry) (io.ReadCloser, error) {
-	f, err := st.fs.OpenFile(e.path, os.O_RDONLY, 0)
-	if err != nil {
-		return nil, err
-	}
-	return struct {
-		io.Reader
-		io.Closer
-	}{io.NewSectionReader(f, e.off, e.size), f}, nil
 }
 
 // inGroupFile reports whether the bytes of the record are a part of a group file.

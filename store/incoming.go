@@ -81,6 +81,9 @@ func (st *Store) Apply(in Incoming) (*DB, error) {
 	if err := db.fenced(); err != nil {
 		return db, err
 	}
+	if err := db.quiet(); err != nil {
+		return db, err
+	}
 	return db, db.applyIncoming(in)
 }
 

@@ -272,20 +272,38 @@ func (db *DB) mergeLevels(from int, base position) (forgotten []entry, err error
 
 // openRecord reads the LTX bytes of a record, wherever they lie.
 func (st *Store) openRecord(e entry) (io.ReadCloser, error) {
+	r, off, err := st.recordAt(e)
+	if err != nil {
+		return nil, err
+	}
+	return struct {
+		io.Reader
+		io.Closer
+	}{io.NewSectionReader(r, off, e.size), r}, nil
+}
+
+// readerAtCloser is what holds records.
+type readerAtCloser interface {
+	io.ReaderAt
+	io.Closer
+}
+
+// recordAt opens what holds a record, and says where in it the LTX bytes begin.
+func (st *Store) recordAt(e entry) (r readerAtCloser, off int64, err error) {
 	if e.path == "" {
-		return io.NopCloser(io.NewSectionReader(logReader{st.wlog, e.ref}, e.off, e.size)), nil
+		return logReader{st.wlog, e.ref}, e.off, nil
 	}
 	if e.inGroupFile() {
-		return st.openPart(e)
+		off = e.off
 	}
 	f, err := st.fs.OpenFile(e.path, os.O_RDONLY, 0)
 	if name, ok := strings.CutSuffix(e.path, extSide); ok && errors.Is(err, os.ErrNotExist) {
 		f, err = st.fs.OpenFile(name+extLevel, os.O_RDONLY, 0) // it has become a level file meanwhile
 	}
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	return fileBody(f, e.size), nil
+	return f, off, nil
 }
 
 // logReader reads the payload of one log record.
@@ -300,3 +318,6 @@ func (r logReader) ReadAt(p []byte, off int64) (int, error) {
 	}
 	return len(p), nil
 }
+
+// Close does nothing: the log stays open.
+func (r logReader) Close() error { return nil }

@@ -23,21 +23,21 @@ type recovering struct {
 	db      *DB
 	meta    dbMeta
 	hasMeta bool
-	logged  []entry // records in the log, ascending, aborted ones taken out
-	grouped []entry // parts of group files
-	damaged error
+	logged  []entry       // records in the log, ascending, aborted ones taken out
+	grouped []entry       // parts of group files
 	firstN  commitlog.LSN // first log record beyond the metadata
 }
 
 type recovery struct {
-	st   *Store
-	byID map[uint32]*recovering
+	st       *Store
+	byID     map[uint32]*recovering
+	nameless map[uint32]bool // met in records that follow damage; told of once
 }
 
 // recover reads the folders and the log, and brings every database to its last
 // committed transaction.
 func (st *Store) recover() error {
-	r := &recovery{st: st, byID: make(map[uint32]*recovering)}
+	r := &recovery{st: st, byID: make(map[uint32]*recovering), nameless: make(map[uint32]bool)}
 	if err := r.readFolders(); err != nil {
 		return err
 	}
@@ -146,6 +146,10 @@ func (r *recovery) replayOne(rec commitlog.Record, off int64, body []byte, group
 	}
 	x := r.byID[rec.DB]
 	if x == nil {
+		if rec.AfterDamage && rec.DB != 0 && !r.nameless[rec.DB] {
+			r.nameless[rec.DB] = true
+			r.st.log.Error("records of a database whose name is lost with the damaged part of the log", "id", rec.DB, "lsn", rec.LSN)
+		}
 		if rec.AfterDamage || rec.DB == 0 {
 			return nil
 		}
@@ -165,7 +169,7 @@ func (r *recovery) replayOne(rec commitlog.Record, off int64, body []byte, group
 			return fmt.Errorf("log record %d: %w", rec.LSN, err)
 		}
 		e.group = group
-		x.add(e, rec.AfterDamage)
+		x.logged = append(x.logged, e) // a gap shows when it is replayed
 	case commitlog.KindAbort:
 		if len(body) != 8 {
 			return errBadRecord
@@ -196,18 +200,6 @@ func (x *recovering) saw(lsn commitlog.LSN) {
 	if x.firstN == 0 && lsn > x.meta.LSN {
 		x.firstN = lsn
 	}
-}
-
-func (x *recovering) add(e entry, afterDamage bool) {
-	if n := len(x.logged); n > 0 && !e.full {
-		if last := x.logged[n-1]; last.max+1 != e.min || last.post != e.pre {
-			x.damaged = fmt.Errorf("the log has %s after %s", ltx.Pos{TXID: e.min}, ltx.Pos{TXID: last.max, PostApplyChecksum: last.post})
-			if !afterDamage {
-				return
-			}
-		}
-	}
-	x.logged = append(x.logged, e)
 }
 
 // parseEntry describes an LTX or reference record.
@@ -257,57 +249,89 @@ func (x *recovering) finish() error {
 	if err != nil {
 		return err
 	}
-	list := chainEntries(slices.Concat(x.grouped, files), x.logged)
-	if m := x.meta; x.hasMeta {
-		db.metaSeq, db.metaSlot = m.Seq, m.slot
-		if m.History == db.history {
-			db.base = m.base()
-		} else {
-			m.AckedTXID, m.Sent = 0, 0
-		}
-		if m.LSN > db.last {
-			db.last = m.LSN
-		}
-		if db.recs.acked.TXID < m.AckedTXID {
-			db.recs.acked = ltx.Pos{TXID: m.AckedTXID, PostApplyChecksum: m.AckedSum}
-		}
-		db.recs.mark = max(db.recs.mark, m.Sent)
-	}
+	x.takeMeta()
 	db.at = db.base
-	if n := len(list); n > 0 && list[n-1].max < db.base.TXID {
-		// Files that were forgotten, and came back with a power cut.
-		db.dropFiles(list)
-		list = nil
-	}
-	db.recs.list = list
-	db.dirty = x.firstN
-	for _, e := range list {
-		if e.lsn != 0 && (db.dirty == 0 || e.lsn < db.dirty) {
-			db.dirty = e.lsn
-		}
-	}
-	if err := db.replayFrom(list); err != nil {
-		x.damaged = err
-	}
+	chains := chainEntries(slices.Concat(x.grouped, files), x.logged)
+	x.keepLast(chains)
+	damaged := db.replayChains(chains)
 	if db.at.TXID == 0 {
 		// Created, and no transaction survived: only the id and history are known.
 		return nil
 	}
-	if x.damaged == nil {
-		x.damaged = db.checkRecovered()
+	if err := db.checkRecovered(); err != nil {
+		damaged = err
+	} else if damaged != nil {
+		// It ends before a gap. The log need not hold what lies before any more.
+		if err := db.syncFiles(db.at, false); err != nil {
+			return err
+		}
+		db.base = db.at
 	}
 	db.applied = db.at
 	db.exists = db.at.Commit > 0
 	db.size.Store(db.at.size())
 	db.lastTime = db.recs.lastTime(x.meta.Time)
 	db.mtime.Store(db.lastTime.UnixNano())
-	if x.damaged != nil {
-		db.fenceWith(fmt.Errorf("recovery: %w", x.damaged))
+	if damaged != nil {
+		db.fenceDamaged(damaged)
 	}
 	if !db.exists {
 		return nil
 	}
 	return db.st.place(db)
+}
+
+// takeMeta takes over what the metadata says, where the log does not say
+// something newer.
+func (x *recovering) takeMeta() {
+	if !x.hasMeta {
+		return
+	}
+	db, m := x.db, x.meta
+	db.metaSeq, db.metaSlot = m.Seq, m.slot
+	if m.History == db.history {
+		db.base = m.base()
+	} else {
+		m.AckedTXID, m.Sent = 0, 0
+	}
+	if m.LSN > db.last {
+		db.last = m.LSN
+	}
+	if db.recs.acked.TXID < m.AckedTXID {
+		db.recs.acked = ltx.Pos{TXID: m.AckedTXID, PostApplyChecksum: m.AckedSum}
+	}
+	db.recs.mark = max(db.recs.mark, m.Sent)
+}
+
+// keepLast makes the last chain the history that is held. Files of others are of
+// use until the database is replayed, at most.
+func (x *recovering) keepLast(chains [][]entry) {
+	db := x.db
+	db.dirty = x.firstN
+	for i, list := range chains {
+		if i == len(chains)-1 && list[len(list)-1].max >= db.base.TXID {
+			db.recs.list = list
+		} else {
+			// Before a gap, or forgotten and come back with a power cut.
+			db.dropFiles(list)
+		}
+	}
+	for _, e := range db.recs.list {
+		if e.lsn != 0 && (db.dirty == 0 || e.lsn < db.dirty) {
+			db.dirty = e.lsn
+		}
+	}
+}
+
+// replayChains brings the database as far as its records follow each other. An
+// error says what is missing or does not fit.
+func (db *DB) replayChains(chains [][]entry) error {
+	for _, list := range chains {
+		if err := db.replayFrom(list); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // findSideFiles takes those references out of what was logged whose file has
@@ -416,13 +440,15 @@ func (db *DB) readLevelFile(name string) (entry, error) {
 	return e, nil
 }
 
-// chainEntries joins level files and log records to one ascending history
-// without gaps, and leaves out those that a larger one covers.
-func chainEntries(files, logged []entry) []entry {
+// chainEntries joins level files and log records to ascending lists without
+// gaps, and leaves out those that a larger one covers. With nothing lost there is
+// one.
+func chainEntries(files, logged []entry) [][]entry {
 	all := slices.Concat(logged, files)
 	slices.SortStableFunc(all, func(a, b entry) int {
 		return cmp.Or(cmp.Compare(a.min, b.min), cmp.Compare(b.max, a.max))
 	})
+	var chains [][]entry
 	var list []entry
 	for _, e := range all {
 		n := len(list)
@@ -430,11 +456,15 @@ func chainEntries(files, logged []entry) []entry {
 		case n > 0 && e.max <= list[n-1].max:
 			continue
 		case n > 0 && (e.min != list[n-1].max+1 || e.pre != list[n-1].post && !e.full):
-			list = list[:0] // a gap: only what follows it can be shipped
+			chains = append(chains, list)
+			list = nil
 		}
 		list = append(list, e)
 	}
-	return list
+	if list != nil {
+		chains = append(chains, list)
+	}
+	return chains
 }
 
 // replayFrom applies the records above base to the files (invariant 3 holds: the
@@ -446,6 +476,9 @@ func (db *DB) replayFrom(list []entry) error {
 		}
 		if e.min > db.at.TXID+1 && !e.full {
 			return fmt.Errorf("records %s to %s are missing", db.at.TXID+1, e.min-1)
+		}
+		if e.min == db.at.TXID+1 && !e.full && e.pre != db.at.PostApplyChecksum {
+			return fmt.Errorf("record %s follows checksum %s, the one before it ends at %s", e.min, e.pre, db.at.PostApplyChecksum)
 		}
 		if err := db.replayEntry(e); err != nil {
 			return fmt.Errorf("apply %s-%s: %w", e.min, e.max, err)

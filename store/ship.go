@@ -229,7 +229,7 @@ func (db *DB) dropShipment() (*Shipment, error) {
 func (db *DB) markSent(txid ltx.TXID) error {
 	db.mu.Lock()
 	db.recs.sent = max(db.recs.sent, txid)
-	if txid <= db.recs.mark {
+	if txid <= db.recs.mark || db.st.opt.Home {
 		db.mu.Unlock()
 		return nil
 	}
