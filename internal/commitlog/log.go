@@ -63,7 +63,7 @@ type Log struct {
 	onDurable func(LSN)
 	notified  LSN
 	timer     *time.Timer
-	armed     bool
+	armed     bool // timer runs
 	bg        bool // a background flush or preparation runs
 	wg        sync.WaitGroup
 
@@ -82,6 +82,7 @@ type pendRec struct {
 	off  int64 // in the segment
 	pos  int   // in pend
 	size int   // encoded, a multiple of 8
+	made time.Time
 }
 
 // place is the part of a Ref that tells payloads apart.
@@ -273,7 +274,7 @@ func (l *Log) encodeLocked(h Header, off int64, n int, payload [][]byte) pendRec
 	for _, part := range payload {
 		at += copy(p[at:], part)
 	}
-	rec := pendRec{lsn: l.Appended() + 1, off: off, pos: pos, size: size}
+	rec := pendRec{lsn: l.Appended() + 1, off: off, pos: pos, size: size, made: time.Now()}
 	l.lastCRC = encodeRecord(p, n, h, rec.lsn, l.Durable(), l.lastCRC, l.cur().hdr.salt)
 	l.end = off + int64(size)
 	l.rmu.Lock()
@@ -427,10 +428,6 @@ func (l *Log) advanceLocked(n int) {
 	l.durCRC = binary.LittleEndian.Uint64(l.pend[last.pos+64:])
 	l.dropLocked(n)
 	l.durable.Store(uint64(last.lsn))
-	if len(l.recs) == 0 && l.armed {
-		l.timer.Stop()
-		l.armed = false
-	}
 	l.cond.Broadcast()
 }
 
@@ -521,32 +518,46 @@ func (l *Log) rotateLocked(mode Mode, size int64) error {
 	return l.startSegmentLocked(s)
 }
 
-// armLocked sees to it that what was just written becomes durable by and by.
+// armLocked sees to it that what was just written becomes durable by and by. A
+// flush in between does not stop the timer: to start it again would wake another
+// thread, at every commit.
 func (l *Log) armLocked() {
 	if l.o.inline {
 		return
 	}
-	if l.o.FlushAfter > 0 && !l.armed && len(l.recs) > 0 {
-		l.armed = true
-		if l.timer == nil {
-			l.timer = time.AfterFunc(l.o.FlushAfter, l.flushTimer)
-		} else {
-			l.timer.Reset(l.o.FlushAfter)
-		}
+	if l.o.FlushAfter > 0 && len(l.recs) > 0 {
+		l.startTimerLocked(l.o.FlushAfter)
 	}
 	if l.o.FlushBytes > 0 && int64(len(l.pend)) >= l.o.FlushBytes {
 		l.backgroundLocked()
 	}
 }
 
-// flushTimer runs in its own goroutine, FlushAfter after armLocked.
+func (l *Log) startTimerLocked(d time.Duration) {
+	switch {
+	case l.armed:
+		return
+	case l.timer == nil:
+		l.timer = time.AfterFunc(d, l.flushTimer)
+	default:
+		l.timer.Reset(d)
+	}
+	l.armed = true
+}
+
+// flushTimer runs in its own goroutine when the timer has run down. It flushes
+// if the oldest undurable record is FlushAfter old.
 func (l *Log) flushTimer() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.closed {
+	l.armed = false
+	if l.closed || len(l.recs) == 0 {
 		return
 	}
-	l.armed = false
+	if left := l.o.FlushAfter - time.Since(l.recs[0].made); left > 0 {
+		l.startTimerLocked(left)
+		return
+	}
 	l.wg.Add(1) // under mu and before closed: Close waits for it
 	defer l.wg.Done()
 	if err := l.waitLocked(l.Appended()); err != nil {
