@@ -253,6 +253,9 @@ func (fs *memFS) ReadDir(p string) ([]store.DirEntry, error) {
 	return list, nil
 }
 
+func (fs *memFS) WantsQuiet() bool { return false }
+func (fs *memFS) Quiet()           {}
+
 func (fs *memFS) StatFS() (total, free, avail, files, filesFree uint64, err error) {
 	return 1 << 30, 1 << 29, 1 << 28, 1000, 500, nil
 }

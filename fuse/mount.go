@@ -152,8 +152,13 @@ func mount(ctx context.Context, fs store.FS, opt Options) (*Server, error) {
 		opt.OnReveal, opt.OnForget = watch.reveal, watch.forget
 	}
 	raw := newRawFS(fs, opt, opt.Logger, uint32(os.Geteuid()), gid)
-	conn := newConnection(fd, raw, opt.Logger)
-	if err := conn.handshake(); err != nil {
+	conn, err := newConnection(fd, raw, opt.Logger)
+	if err == nil {
+		if err = conn.handshake(); err != nil {
+			conn.readers.close()
+		}
+	}
+	if err != nil {
 		unix.Close(fd)
 		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, err), detach(dir, method, true))
 	}
@@ -267,7 +272,7 @@ func (s *Server) forcibly() error {
 	s.conn.drain.Store(true)
 	s.spoil()
 	err := detach(s.dir, s.method, true)
-	s.conn.quit.Store(true)
+	s.conn.readers.quit.Store(true)
 	if rootErr != nil {
 		return errors.Join(err, rootErr)
 	}

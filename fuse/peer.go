@@ -307,8 +307,8 @@ func (p *peer) await(opening <-chan struct{}) error {
 		return nil
 	default:
 	}
-	p.conn.beginWait()
-	defer p.conn.endWait()
+	p.conn.readers.beginWait()
+	defer p.conn.readers.endWait()
 	t := time.NewTimer(openWait)
 	defer t.Stop()
 	select {

@@ -3,6 +3,7 @@ package fuse_test
 import (
 	"fmt"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -226,24 +227,46 @@ func TestInvalidate(t *testing.T) {
 	peer.InvalidateEntry("none/at/all")
 }
 
-// TestSyncBlocksNobody holds an FSYNC while others work.
+// TestSyncBlocksNobody holds several FSYNCs while others work, again and again:
+// readers relieve each other, and those that are too many end.
 func TestSyncBlocksNobody(t *testing.T) {
 	fs := newMemFS()
-	hold := make(chan struct{})
+	held := make(chan chan struct{}, 3)
 	fs.onSync = func(n *memNode) error {
 		if n.kind == store.KindDatabase {
-			<-hold
+			free := make(chan struct{})
+			held <- free
+			<-free
 		}
 		return nil
 	}
 	_, dir := mountFS(t, fs, fuse.Options{})
-	slow := newProgram(t, dir, 0)
-	slow.want("open a x.db rw,create = ok", "write a 0 x = ok")
-	slow.start("fsync a")
+	slow := []*program{newProgram(t, dir, 0), newProgram(t, dir, 0), newProgram(t, dir, 0)}
 	p := newProgram(t, dir, 0)
-	p.want("open b y rw,create = ok", "write b 0 y = ok", "fsync b = ok", "open a x.db ro = ok", "read a 0 1 = ok \"x\"")
-	close(hold)
-	if got := slow.result(); got != "ok" {
-		t.Errorf("got %s, want ok", got)
+	p.want("open b y rw,create = ok")
+	for i, one := range slow {
+		one.want(fmt.Sprintf("open a x%d.db rw,create = ok", i), "write a 0 x = ok")
+	}
+	goroutines := 0
+	for round := range 20 {
+		var free []chan struct{}
+		for _, one := range slow {
+			one.start("fsync a")
+			free = append(free, <-held)
+			p.want("write b 0 y = ok", "fsync b = ok", "open a x0.db ro = ok", "read a 0 1 = ok \"x\"", "close a = ok")
+		}
+		for i := range slow {
+			i = (i + round) % len(slow) // the first in may be the first out, or not
+			close(free[i])
+			if got := slow[i].result(); got != "ok" {
+				t.Errorf("got %s, want ok", got)
+			}
+			p.want("write b 0 y = ok")
+		}
+		if n := runtime.NumGoroutine(); round == 1 {
+			goroutines = n
+		} else if n > goroutines+2 && round > 1 {
+			t.Fatalf("%d goroutines after round %d, %d after the first", n, round, goroutines)
+		}
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 	"unsafe"
 
 	gofuse "github.com/hanwen/go-fuse/v2/fuse"
@@ -79,57 +80,43 @@ const (
 	smallReply = outHeader + int(unsafe.Sizeof(gofuse.CreateOut{})) + 64 // any reply but READ and READDIR
 )
 
-// A call is one request and the memory of its reply. It belongs to the goroutine
+// A call is one request and the memory of its reply. It belongs to the reader
 // that handles it.
 type call struct {
 	in  []byte // the request, 8-byte aligned
 	out []byte // the reply, header first; cap is at least smallReply
+
+	reader  bool      // whoever handles it has become the reader again before it replied
+	yielded time.Time // see yield
 }
 
 // A connection serves one /dev/fuse descriptor.
-//
-// At most one goroutine, the reader, sits in read(2) or is about to. It handles
-// requests by itself, so that none waits for a switch between goroutines. Before
-// one that may wait for a disk it hands the reading over to another. A handler
-// that finds only half-way that it has to wait brackets that with beginWait and
-// endWait: then another reader takes over, and until endWait each reader hands
-// over before it handles anything, since what it handles may in turn wait for
-// the first.
 type connection struct {
 	fd  int          // set by newConnection, closed by run under closing
 	fs  *rawFS       // set by newConnection, then constant
 	log *slog.Logger // set by newConnection, then constant
 
-	mu    sync.Mutex // guards idle and ended
-	idle  bool       // a reader is in read(2) or about to be
-	ended bool       // no reader will be started any more
-
-	waiting atomic.Int32   // handlers between beginWait and endWait
-	drain   atomic.Bool    // answer everything with an error
-	quit    atomic.Bool    // readers end after the request they got
-	wg      sync.WaitGroup // readers, also those that have handed over
-	done    chan struct{}  // closed when nothing is served any more and fd is closed
-	closing sync.RWMutex   // held for reading by notify, so that fd is not closed under it
-	closed  bool           // fd is closed; guarded by closing
+	readers readers
+	drain   atomic.Bool   // answer everything with an error
+	done    chan struct{} // closed when nothing is served any more and fd is closed
+	closing sync.RWMutex  // held for reading by notify, so that fd is not closed under it
+	closed  bool          // fd is closed; guarded by closing
 
 	counts [opN]atomic.Uint64 // requests since the start, by operation
-	calls  sync.Pool          // of *call, for requests handled after handing over
-	bufs   sync.Pool          // of *call with an in of inSize, for readers
+	bufs   sync.Pool          // of *call, for readers
 }
 
-func newConnection(fd int, fs *rawFS, log *slog.Logger) *connection {
+func newConnection(fd int, fs *rawFS, log *slog.Logger) (*connection, error) {
 	c := &connection{fd: fd, fs: fs, log: log, done: make(chan struct{})}
-	c.calls.New = func() any { return &call{out: make([]byte, outHeader, smallReply)} }
 	c.bufs.New = func() any {
 		return &call{in: make([]byte, inSize), out: make([]byte, outHeader, smallReply)}
 	}
-	return c
+	return c, c.readers.init(c)
 }
 
 // run serves until the mount is gone or quit is set, then closes the descriptor.
 func (c *connection) run() {
-	c.ensureReader()
-	c.wg.Wait()
+	c.readers.run()
 	c.closing.Lock()
 	c.closed = true
 	unix.Close(c.fd)
@@ -137,117 +124,25 @@ func (c *connection) run() {
 	close(c.done)
 }
 
-// ensureReader starts a reader unless one is idle.
-func (c *connection) ensureReader() {
-	if c.becomeIdle() {
-		c.wg.Add(1)
-		go c.read(c.bufs.Get().(*call))
+// take handles the n bytes in k.
+func (c *connection) take(k *call, n int) {
+	if n < int(unsafe.Sizeof(gofuse.InHeader{})) {
+		c.log.Error("short request from the kernel", "bytes", n)
+		return
 	}
-}
-
-// handOver is ensureReader with the memory of the caller; given is false if the
-// caller keeps that.
-func (c *connection) handOver(k *call) (given bool) {
-	if !c.becomeIdle() {
-		return false
-	}
-	c.wg.Add(1)
-	go c.read(k)
-	return true
-}
-
-// becomeIdle makes the caller, or the reader it starts, the idle one unless there
-// is one.
-func (c *connection) becomeIdle() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.idle || c.ended {
-		return false
-	}
-	c.idle = true
-	return true
-}
-
-func (c *connection) becomeBusy(end bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.idle = false
-	if end {
-		c.ended = true
-	}
-}
-
-// beginWait says that the caller is about to wait for something that may need
-// other requests to be served. endWait says that it no longer does.
-func (c *connection) beginWait() {
-	c.waiting.Add(1)
-	c.ensureReader()
-}
-
-func (c *connection) endWait() { c.waiting.Add(-1) }
-
-// read is a reader with the memory k; who started it has set idle.
-func (c *connection) read(k *call) {
-	defer c.wg.Done()
-	for {
-		n, err := unix.Read(c.fd, k.in[:inSize])
-		switch {
-		case err == nil:
-		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN), errors.Is(err, unix.ENOENT):
-			continue // ENOENT: the request was given up before we got it
-		default: // ENODEV, ECONNABORTED: unmounted or aborted
-			c.becomeBusy(true)
-			if !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.ECONNABORTED) {
-				c.log.Error("reading /dev/fuse failed", "err", err)
-			}
-			return
-		}
-		end := c.quit.Load()
-		c.becomeBusy(end)
-		if n < int(unsafe.Sizeof(gofuse.InHeader{})) {
-			c.log.Error("short request from the kernel", "bytes", n)
-		} else if !c.take(k, n) {
-			k = nil
-		}
-		if end || !c.becomeIdle() {
-			break
-		}
-		if k == nil {
-			k = c.bufs.Get().(*call)
-		}
-	}
-	if k != nil {
-		c.bufs.Put(k)
-	}
-}
-
-// take handles the n bytes in k. It returns false if k is another reader's now.
-func (c *connection) take(k *call, n int) (mine bool) {
 	h := (*gofuse.InHeader)(unsafe.Pointer(&k.in[0]))
 	c.counts[min(h.Opcode, opN-1)].Add(1)
-	if c.waits(h, k.in[:n]) {
-		k2 := c.calls.Get().(*call)
-		k2.in = append(k2.in[:0], k.in[:n]...)
-		given := c.handOver(k)
-		c.serve(k2)
-		if cap(k2.in) <= 4096 && cap(k2.out) <= 64<<10 {
-			c.calls.Put(k2)
-		}
-		return !given
-	}
-	if c.waiting.Load() > 0 {
-		c.ensureReader()
+	if c.readers.waiting.Load() > 0 || c.waits(h, k.in[:n]) {
+		c.readers.relieve()
 	}
 	in := k.in
 	k.in = in[:n]
 	c.serve(k)
 	k.in = in
-	return true
 }
 
 // waits reports whether a request may wait for a disk, or for what needs
-// requests to be served. WRITE is not among them, so as not to copy its data: to
-// an ordinary file it is bracketed by beginWait.
+// requests to be served. A WRITE to an ordinary file is bracketed by beginWait.
 func (c *connection) waits(h *gofuse.InHeader, in []byte) bool {
 	switch h.Opcode {
 	case opFsync:
@@ -286,6 +181,7 @@ func (c *connection) serve(k *call) {
 	if status != gofuse.OK {
 		k.out = k.out[:outHeader]
 	}
+	c.readers.resume(k) // before the program can make its next request
 	o := (*gofuse.OutHeader)(unsafe.Pointer(&k.out[0]))
 	o.Length, o.Status, o.Unique = uint32(len(k.out)), -int32(status), h.Unique
 	if err := c.write(k.out); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENODEV) {
@@ -470,8 +366,8 @@ func (c *connection) writeData(k *call) gofuse.Status {
 		return gofuse.EIO
 	}
 	if h := c.fs.handles.get(in.Fh); h != nil && h.ino.node.Kind() == store.KindOrdinary {
-		c.beginWait()
-		defer c.endWait()
+		c.readers.beginWait()
+		defer c.readers.endWait()
 	}
 	n, status := c.fs.Write(nil, in, data[:in.Size])
 	result[gofuse.WriteOut](k).Size = n

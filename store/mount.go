@@ -152,4 +152,8 @@ type FS interface {
 	ReadDir(path string) ([]DirEntry, error)
 	// StatFS returns sizes in bytes and counts of the data folder's file system.
 	StatFS() (total, free, avail, files, filesFree uint64, err error)
+	// WantsQuiet reports whether the engine wants to be told, by Quiet, when no
+	// request has come for a fraction of a millisecond. Neither waits.
+	WantsQuiet() bool
+	Quiet()
 }

@@ -10,14 +10,15 @@ import (
 )
 
 // The resolver is the one goroutine that finds out whether tentative WAL records
-// were published. Whoever asks says how soon it pays to look: 50 µs after an
-// FSYNC, 2 ms after a commit that asked for none, where the next commit most
-// likely answers before. Then it looks with doubling pauses up to 100 ms, and
-// sleeps while nothing is tentative.
+// were published. Where commits come one after the other each answers for the one
+// before, and to look would only take time from them. So the mount says when no
+// request has come for a moment ([Store.Quiet]); where that does not happen, the
+// resolver looks every 5 ms. When a look gives no answer, it looks again with
+// doubling pauses up to 100 ms, and sleeps while nothing is tentative.
 const (
 	resolveNow   = 0
 	resolveFirst = 50 * time.Microsecond
-	resolveLazy  = 2 * time.Millisecond
+	resolveLazy  = 5 * time.Millisecond
 	resolveLast  = 100 * time.Millisecond
 )
 
@@ -28,15 +29,33 @@ const walWriteLock = 120
 // resolveIn asks the resolver to look at a database after d at the latest. It
 // never blocks, and wakes the resolver only if that would have looked later.
 func (st *Store) resolveIn(db *DB, d time.Duration) {
-	at := st.sinceOpen() + d
 	st.resolveMu.Lock()
 	if st.resolving == nil {
 		st.resolving = make(map[*DB]struct{})
 	}
 	st.resolving[db] = struct{}{}
-	sooner := st.resolveAt == 0 || at < st.resolveAt
+	st.resolveMu.Unlock()
+	st.resolveSoon(d)
+}
+
+// WantsQuiet implements FS: whether Quiet has something to do.
+func (st *Store) WantsQuiet() bool { return st.quiet.Load() }
+
+// Quiet implements FS: what was committed last is published by now, most likely.
+func (st *Store) Quiet() {
+	if st.quiet.Swap(false) {
+		st.resolveSoon(resolveNow)
+	}
+}
+
+// resolveSoon has the resolver look after d at the latest if it has anything to
+// look at.
+func (st *Store) resolveSoon(d time.Duration) {
+	at := st.sinceOpen() + d
+	st.resolveMu.Lock()
+	sooner := len(st.resolving) > 0 && (st.resolveAt == 0 || at < st.resolveAt)
 	if sooner {
-		st.resolveAt = at
+		st.resolveAt, st.resolvePause = at, max(d, resolveFirst)
 	}
 	st.resolveMu.Unlock()
 	if sooner {
@@ -54,24 +73,22 @@ func (st *Store) resolveLoop() {
 	defer st.wg.Done()
 	timer := time.NewTimer(time.Hour)
 	timer.Stop()
-	pause := resolveFirst
 	for {
 		select {
 		case <-st.done:
 			return
 		case <-st.resolveKick:
-			pause = resolveFirst
 		case <-timer.C:
 			st.resolveMu.Lock()
 			st.resolveAt = 0
 			st.resolveMu.Unlock()
 			if st.resolveAll(false) > 0 {
 				st.resolveMu.Lock()
-				if next := st.sinceOpen() + pause; st.resolveAt == 0 || next < st.resolveAt {
+				if next := st.sinceOpen() + st.resolvePause; st.resolveAt == 0 || next < st.resolveAt {
 					st.resolveAt = next
 				}
+				st.resolvePause = min(2*st.resolvePause, resolveLast)
 				st.resolveMu.Unlock()
-				pause = min(2*pause, resolveLast)
 			}
 		}
 		st.resolveMu.Lock()

@@ -51,11 +51,13 @@ type Store struct {
 
 	peerPtr atomic.Pointer[Peer]
 
-	opened      time.Time     // by New, then constant
-	resolveMu   sync.Mutex    // guards resolving and resolveAt
-	resolveAt   time.Duration // when the resolver looks next, since opened; 0: not at all
-	resolving   map[*DB]struct{}
-	resolveKick chan struct{}
+	opened       time.Time     // by New, then constant
+	resolveMu    sync.Mutex    // guards the next three
+	resolveAt    time.Duration // when the resolver looks next, since opened; 0: not at all
+	resolvePause time.Duration // after that look, if it gives no answer
+	resolving    map[*DB]struct{}
+	resolveKick  chan struct{}
+	quiet        atomic.Bool // Quiet has something to do
 
 	flushListMu  sync.Mutex // guards flushList
 	flushList    map[*DB]struct{}

@@ -517,7 +517,7 @@ func (db *DB) syncWAL(w *walState) error {
 		return err
 	}
 	if tentative {
-		db.st.resolveIn(db, resolveFirst)
+		db.st.quiet.Store(true)
 	}
 	return nil
 }
