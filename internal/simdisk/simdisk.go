@@ -74,6 +74,7 @@ type Op struct {
 	Off    int64
 	Len    int64
 	Direct bool
+	Data   []byte // of a write; valid only during the hook
 }
 
 // Options are the parameters of New.
@@ -185,11 +186,12 @@ func (d *Disk) StopAt(n int64) {
 	d.stopAt = n
 }
 
-// SetCapacity changes Options.Capacity.
-func (d *Disk) SetCapacity(n int64) {
+// SetCapacity changes Options.Capacity and returns the former one.
+func (d *Disk) SetCapacity(n int64) (former int64) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.opts.Capacity = n
+	former, d.opts.Capacity = d.opts.Capacity, n
+	return former
 }
 
 // Ordinal is the number of the last operation.
@@ -246,6 +248,42 @@ func (d *Disk) DurableBytes(name string) []byte {
 		return nil
 	}
 	return append([]byte{}, ino.media...)
+}
+
+// Names lists all files and folders, sorted, without the root.
+func (d *Disk) Names() []string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	list := slices.Sorted(maps.Keys(d.names))
+	return slices.DeleteFunc(list, func(name string) bool { return name == "." })
+}
+
+// Image returns what a direct read of the whole file shows, nil if there is no
+// such file. On a disk that Cut returned it is what the medium has.
+func (d *Disk) Image(name string) []byte {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	ino := d.names[clean(name)]
+	if ino == nil || ino.dir {
+		return nil
+	}
+	p := append([]byte{}, ino.data...)
+	for s := range ino.lost {
+		if from, to := s*sector, min((s+1)*sector, int64(len(p))); from < to {
+			clear(p[from:to])
+			if from < int64(len(ino.media)) {
+				copy(p[from:to], ino.media[from:])
+			}
+		}
+	}
+	return p
+}
+
+// Used is the number of bytes of the 4 KiB pages that files hold.
+func (d *Disk) Used() int64 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.used
 }
 
 // Corrupt inverts the bits of mask in one byte of a file, in cache and on the
@@ -878,7 +916,7 @@ func (f *file) ReadAt(p []byte, off int64) (int, error) {
 }
 
 func (f *file) WriteAt(p []byte, off int64) (int, error) {
-	torn, err := f.d.begin(Op{Kind: OpWrite, Name: f.name, Off: off, Len: int64(len(p)), Direct: f.direct})
+	torn, err := f.d.begin(Op{Kind: OpWrite, Name: f.name, Off: off, Len: int64(len(p)), Direct: f.direct, Data: p})
 	if torn {
 		f.d.mu.Lock()
 		defer f.d.mu.Unlock()

@@ -204,6 +204,7 @@ type Change struct {
 	Spill    int            // pages that are written before the commit, in rollback modes after a sync of the journal
 	Rollback bool           // ROLLBACK after all was written
 	Late     bool           // of a smaller page size: truncate after the commit
+	Same     bool           // every page is written as it is already, page 1 too
 }
 
 // RandomChange makes up a transaction.
@@ -254,6 +255,19 @@ func (db *DB) RandomChange(maxPages int) Change {
 	return ch
 }
 
+// NoChange makes up a transaction that writes some pages as they are. The
+// database exists.
+func (db *DB) NoChange() Change {
+	r, head := db.w.Rand, db.Head()
+	ch := Change{PageSize: head.PageSize, Count: len(head.Pages), Pages: map[int][]byte{}, Same: true}
+	for range r.IntN(4) {
+		if pgno := 1 + r.IntN(ch.Count); pgno > 1 {
+			ch.Pages[pgno] = head.Pages[pgno-1]
+		}
+	}
+	return ch
+}
+
 func (db *DB) randomPage(size int) []byte {
 	p := make([]byte, size)
 	x := db.w.Rand.Uint64()
@@ -279,6 +293,9 @@ func (db *DB) RandomVacuum(maxPages int) Change {
 // next is the version after a change, with the header on page 1.
 func (db *DB) next(ch Change) Version {
 	head := db.Head()
+	if ch.Same {
+		return Version{PageSize: head.PageSize, Pages: slices.Clone(head.Pages)}
+	}
 	v := Version{PageSize: ch.PageSize, Pages: make([][]byte, ch.Count)}
 	for i := range v.Pages {
 		pgno := i + 1
