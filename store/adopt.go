@@ -53,13 +53,7 @@ func (st *Store) adoptIfCandidate(f *file) {
 	if !look || f.isDB.Load() || !st.opt.Writable(name) {
 		return
 	}
-	err := st.adopt(f, name)
-	if err == nil {
-		if err := st.adoptSides(name); err != nil && !errors.Is(err, ErrBusy) { // who opens it tries again
-			st.log.Warn("file beside a copied database stays an ordinary file for now", "db", name, "err", err)
-		}
-	}
-	if err != nil && !errors.Is(err, errNoDatabase) {
+	if err := st.adopt(f, name); err != nil && !errors.Is(err, errNoDatabase) {
 		st.log.Error("copied database stays an ordinary file for now", "db", name, "err", err)
 		st.after(adoptAgain, func() { st.mayBeDatabase(f) })
 	}
@@ -199,22 +193,22 @@ func (db *DB) replace(c change) error {
 	if err != nil || p == nil {
 		return err
 	}
-	if err := db.st.wlog.Wait(p.lsn); err != nil {
-		db.fenceWith(err)
-		return err
-	}
 	l := newLayer(db.st.pool)
 	buf := make([]byte, c.pageSize)
-	for _, s := range p.sums {
-		if err := c.read(s.pgno, buf); err == nil {
-			err = l.WriteAt(buf, int64(s.pgno-1)*int64(len(buf)), nil)
-			if err == nil {
-				continue
-			}
+	for _, sum := range p.sums {
+		err := c.read(sum.pgno, buf)
+		if err == nil {
+			err = l.WriteAt(buf, int64(sum.pgno-1)*int64(len(buf)), nil)
 		}
-		// The log holds the transaction; this process cannot show it.
-		db.fenceWith(fmt.Errorf("take over page %d: %w", s.pgno, err))
-		break
+		if err != nil {
+			l.Reset()
+			return errors.Join(noSpace(fmt.Errorf("%s: take over page %d: %w", db.name, sum.pgno, err)), db.abort(p, true))
+		}
+	}
+	if err := db.st.wlog.Wait(p.lsn); err != nil {
+		l.Reset()
+		db.fenceWith(err)
+		return err
 	}
 	s := *db.stack.Load()
 	s.committed[0].pos = db.at

@@ -292,6 +292,9 @@ func (st *Store) checkpoint(below commitlog.LSN) error {
 		}
 		db.mu.Unlock()
 	}
+	if err := st.wlog.Wait(below - 1); err != nil {
+		return err
+	}
 	// More than once, since a database may be dropped meanwhile: then its
 	// successor has what is dirty.
 	for range 4 {

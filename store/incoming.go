@@ -115,6 +115,9 @@ func (st *Store) incomingDB(in Incoming) (*DB, error) {
 // checkPosition reads the header of a record and compares it with where the
 // database stands. The decoder is nil for one that was seen before. db.mu is held.
 func (db *DB) checkPosition(in Incoming) (*ltx.Decoder, ltx.Header, error) {
+	if db.at.TXID == 0 {
+		db.history, db.epoch = in.History, in.Epoch // also after a record of another line was refused
+	}
 	if db.history != in.History && !in.Replace {
 		return nil, ltx.Header{}, fmt.Errorf("%s: has %016x, record is of %016x: %w", db.name, db.history, in.History, ErrHistory)
 	}
@@ -158,6 +161,10 @@ func (db *DB) applyIncoming(in Incoming) error {
 		l.Reset()
 		undo()
 		return err
+	}
+	if full { // the records before it lead nowhere: the index has no gaps and no overlaps
+		db.dropFiles(db.recs.list)
+		db.recs.list = nil
 	}
 	db.show(p, l)
 	return nil

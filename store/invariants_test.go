@@ -3,17 +3,53 @@ package store
 import (
 	"errors"
 	"fmt"
+	"path"
+
+	"github.com/litefs-agent/litefs-agent/ltx"
 )
 
-func (c *crasher) checkInvariants() {
-	c.t.Helper()
-	for _, db := range c.st.all() {
+func (m *machine) checkInvariants() {
+	m.c.t.Helper()
+	m.checkWatch()
+	for _, db := range m.st.all() {
 		if err := db.checkInvariants(); err != nil {
-			c.fatalf("%s: %v", db.name, err)
+			m.c.fatalf("%s, %s: %v", m.name, db.name, err)
+		}
+		if err := m.checkAborted(db); err != nil {
+			m.c.fatalf("%s, %s: %v", m.name, db.name, err)
 		}
 	}
-	if v := c.d.Violations(); len(v) > 0 {
-		c.fatalf("direct and buffered writes share a page: %q", v)
+	if v := m.d.Violations(); len(v) > 0 {
+		m.c.fatalf("%s: direct and buffered writes share a page: %q", m.name, v)
+	}
+}
+
+// checkAborted asserts invariant 9: what an abort record names is no record.
+func (m *machine) checkAborted(db *DB) error {
+	gone := m.watch.aborted(m.st.wlog.Appended())
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	for _, e := range db.recs.list {
+		if e.lsn != 0 && gone[e.lsn] {
+			return fmt.Errorf("invariant 9: record %d-%d was aborted", e.min, e.max)
+		}
+	}
+	return nil
+}
+
+// checkRecoveredSizes asserts that a start leaves each file as large as its
+// database (invariant 24).
+func (m *machine) checkRecoveredSizes() {
+	for _, db := range m.st.all() {
+		db.mu.Lock()
+		at, exists := db.at, db.exists
+		db.mu.Unlock()
+		if !exists {
+			continue
+		}
+		if size := int64(len(m.d.Image(path.Join(db.dir, "data")))); size != at.size() {
+			m.c.fatalf("invariant 24: %s, %s: the file has %d bytes after a start, the database %d", m.name, db.name, size, at.size())
+		}
 	}
 }
 
@@ -66,8 +102,42 @@ func (db *DB) checkInvariants() error {
 			fail(3, "a layer waits for log record %d, the last one is %d", l.lsn, db.last)
 		}
 	}
+	if sent := max(db.recs.sent, db.recs.mark); db.st.opt.Shipping && db.recs.acked.TXID > sent {
+		fail(5, "acked %s, handed to a link up to %d", db.recs.acked, sent)
+	}
+	if db.recs.sent > db.at.TXID {
+		fail(5, "handed to a link up to %d, at %s", db.recs.sent, db.at)
+	}
+	for _, e := range list {
+		if e.max <= db.recs.sent && e.lsn > durable {
+			fail(5, "record %d-%d was handed to a link and is not durable", e.min, e.max)
+		}
+	}
+	if err := db.checkSums(); err != nil {
+		errs = append(errs, err)
+	}
 	if used, most := db.st.pool.Used(), db.st.opt.Memory; used > most {
 		fail(22, "%d bytes in memory, %d allowed", used, most)
 	}
 	return errors.Join(errs...)
+}
+
+// checkSums asserts that the checksums of all pages together are that of the
+// position (invariant 10). db.mu is held.
+func (db *DB) checkSums() error {
+	if !db.exists || db.fenced() != nil {
+		return nil
+	}
+	total := uint64(0)
+	for pgno := uint32(1); pgno <= db.at.Commit; pgno++ {
+		sum, err := db.sum(pgno)
+		if err != nil {
+			return nil // the disk
+		}
+		total ^= sum
+	}
+	if got := ltx.ChecksumFlag | ltx.Checksum(total); got != db.at.PostApplyChecksum {
+		return fmt.Errorf("invariant 10: the pages have checksum %s at %s", got, db.at.Pos)
+	}
+	return nil
 }

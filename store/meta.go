@@ -63,7 +63,8 @@ func (db *DB) metaLocked(base position) dbMeta {
 		EpochN: db.epoch.N, EpochGrant: db.epoch.Grant,
 		TXID: base.TXID, Checksum: base.PostApplyChecksum, PageSize: base.PageSize, Commit: base.Commit,
 		AckedTXID: db.recs.acked.TXID, AckedSum: db.recs.acked.PostApplyChecksum, Sent: db.recs.mark,
-		LSN: max(db.last, db.lastAny), Time: db.lastTime.UnixMilli(),
+		// What is not durable may be lost, and its number given to another record.
+		LSN: min(max(db.last, db.lastAny), db.st.wlog.Durable()), Time: db.lastTime.UnixMilli(),
 	}
 }
 

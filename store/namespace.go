@@ -127,12 +127,7 @@ func (st *Store) Lookup(p string) (Node, error) {
 	st.nsMu.RUnlock()
 	if f != nil {
 		st.adoptIfCandidate(f)
-		if !f.moved.Load() {
-			return f, nil
-		}
-		st.nsMu.RLock()
-		s = st.sides[p]
-		st.nsMu.RUnlock()
+		return f, nil
 	}
 	if s != nil {
 		return s, nil

@@ -124,6 +124,9 @@ func (db *DB) register() error {
 	h := db.header(commitlog.KindCreate, 0)
 	lsn, _, err := db.st.wlog.Append(h, commitlog.Lazy, []byte(db.name))
 	if err != nil {
+		db.st.nsMu.Lock()
+		delete(db.st.byID, db.id) // else a later id would list the database twice
+		db.st.nsMu.Unlock()
 		db.id = 0
 		return fmt.Errorf("%s: append creation to the log: %w", db.name, err)
 	}

@@ -26,6 +26,7 @@ type recovering struct {
 	logged  []entry       // records in the log, ascending, aborted ones taken out
 	grouped []entry       // parts of group files
 	firstN  commitlog.LSN // first log record beyond the metadata
+	rebased uint64        // history that began with the content at the metadata's base
 }
 
 type recovery struct {
@@ -156,11 +157,17 @@ func (r *recovery) replayOne(rec commitlog.Record, off int64, body []byte, group
 		return fmt.Errorf("log record %d is of database %d, which nothing names: %w", rec.LSN, rec.DB, errBadRecord)
 	}
 	x.saw(rec.LSN)
-	if rec.History != 0 && rec.History != x.db.history && (!x.hasMeta || rec.LSN > x.meta.LSN) {
+	if rec.History != 0 && rec.History != x.db.history {
+		if x.hasMeta && rec.LSN <= x.meta.LSN {
+			return nil // of a line that was replaced since
+		}
 		// Another line replaced the one before: nothing of that counts any more.
 		x.db.history, x.db.epoch = rec.History, Epoch{rec.EpochN, rec.EpochGrant}
 		x.db.recs = records{}
 		x.logged = nil
+		if rec.Kind == commitlog.KindBase {
+			x.rebased = rec.History
+		}
 	}
 	switch rec.Kind {
 	case commitlog.KindLTX, commitlog.KindReference:
@@ -289,9 +296,10 @@ func (x *recovering) takeMeta() {
 	}
 	db, m := x.db, x.meta
 	db.metaSeq, db.metaSlot = m.Seq, m.slot
-	if m.History == db.history {
+	if m.History == db.history || x.rebased == db.history {
 		db.base = m.base()
-	} else {
+	}
+	if m.History != db.history {
 		m.AckedTXID, m.Sent = 0, 0
 	}
 	if m.LSN > db.last {

@@ -217,6 +217,9 @@ func (db *DB) dropShipment() (*Shipment, error) {
 	if err := db.Sync(); err != nil {
 		return nil, err
 	}
+	if err := db.markSent(info.Pos.TXID); err != nil {
+		return nil, err
+	}
 	return &Shipment{
 		Name: db.name, History: info.History, Epoch: info.Epoch, Min: 1, Max: info.Pos.TXID,
 		Post: info.Pos.PostApplyChecksum, Time: info.Last, PageSize: h.PageSize, Full: true,
