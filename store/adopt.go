@@ -53,7 +53,13 @@ func (st *Store) adoptIfCandidate(f *file) {
 	if !look || f.isDB.Load() || !st.opt.Writable(name) {
 		return
 	}
-	if err := st.adopt(f, name); err != nil && !errors.Is(err, errNoDatabase) {
+	err := st.adopt(f, name)
+	if err == nil {
+		if err := st.adoptSides(name); err != nil && !errors.Is(err, ErrBusy) { // who opens it tries again
+			st.log.Warn("file beside a copied database stays an ordinary file for now", "db", name, "err", err)
+		}
+	}
+	if err != nil && !errors.Is(err, errNoDatabase) {
 		st.log.Error("copied database stays an ordinary file for now", "db", name, "err", err)
 		st.after(adoptAgain, func() { st.mayBeDatabase(f) })
 	}

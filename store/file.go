@@ -26,6 +26,7 @@ type file struct {
 	db     atomic.Pointer[DB] // set once a journal or WAL was made beside it
 	isDB   atomic.Bool        // a transaction committed
 	gone   atomic.Bool        // unlinked or dropped
+	moved  atomic.Bool        // gone: it became the journal, WAL or wal-index of a database
 	onDisk atomic.Bool        // bytes under the layers are those of the ordinary file
 
 	mode  atomic.Uint32
@@ -123,14 +124,21 @@ func (f *file) shmOpen() bool {
 // Open implements Node.
 func (f *file) Open(write bool) (Handle, error) {
 	f.st.adoptIfCandidate(f)
-	if f.isDB.Load() && f.gone.Load() {
-		return nil, ErrStale // dropped: the kernel looks the name up again
+	if err := f.st.adoptSide(f.name()); err != nil {
+		return nil, err
+	}
+	if f.isDB.Load() && f.gone.Load() || f.moved.Load() {
+		return nil, ErrStale // dropped or moved: the kernel looks the name up again
 	}
 	if db := f.db.Load(); db != nil && f.isDB.Load() && !f.backed() {
 		if _, err := db.openFiles(false); err != nil {
 			return nil, err
 		}
 	}
+	return f.openOrdinary(write)
+}
+
+func (f *file) openOrdinary(write bool) (*dbHandle, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.onDisk.Load() && f.back == nil {

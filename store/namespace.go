@@ -127,7 +127,12 @@ func (st *Store) Lookup(p string) (Node, error) {
 	st.nsMu.RUnlock()
 	if f != nil {
 		st.adoptIfCandidate(f)
-		return f, nil
+		if !f.moved.Load() {
+			return f, nil
+		}
+		st.nsMu.RLock()
+		s = st.sides[p]
+		st.nsMu.RUnlock()
 	}
 	if s != nil {
 		return s, nil

@@ -151,9 +151,9 @@ func (st *Store) renameFile(f *file, oldPath, newPath string, target Node) error
 		st.rebind(db, st.newFile(oldPath, f.mode.Load()))
 	}
 	st.nsMu.Lock()
-	defer st.nsMu.Unlock()
 	st.files[newPath] = f
 	f.setPath(newPath)
+	st.nsMu.Unlock()
 	return nil
 }
 

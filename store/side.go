@@ -100,8 +100,13 @@ func (s *sideFile) SetSize(_ Handle, size int64) error {
 	return s.data.Truncate(size)
 }
 
-// endWAL is resetWAL at a truncation to nothing or an unlink.
+// endWAL is resetWAL at a truncation to nothing or an unlink. Where nothing
+// depends on who does it nobody is asked: an UNLINK that waits for the opening of
+// the database keeps that opening from its folder (invariant 20).
 func (db *DB) endWAL(w *walState) error {
+	if len(w.pages) == 0 && (db.pend == nil || !db.pend.wal) {
+		return db.resetWAL(w, true)
+	}
 	held, err := db.st.reserved(db.file)
 	if err != nil {
 		return err

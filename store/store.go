@@ -46,6 +46,8 @@ type Store struct {
 	byID   map[uint32]*DB
 	lastID uint32
 
+	sidesMu sync.Mutex // one file at a time becomes a side file; taken before DB.mu
+
 	computedMu sync.Mutex
 	computed   map[string]*computed
 

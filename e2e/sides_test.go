@@ -1,0 +1,66 @@
+package e2e
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/litefs-agent/litefs-agent/internal/testrig"
+)
+
+// A database whose program was killed has a WAL or a hot journal beside it. However
+// the two are copied in, what SQLite then shows and commits is in the records.
+func TestJournalCopiedIn(t *testing.T) {
+	env := testrig.New(t)
+	node := env.Node(testrig.Options{})
+	src := env.Folder("src")
+	env.Run("bash", "-c", `cd "$1"
+		sqlite3 wal.db 'PRAGMA journal_mode=WAL; CREATE TABLE t(v); INSERT INTO t VALUES(1),(2);' '.shell cp wal.db w.db; cp wal.db-wal w.db-wal; cp wal.db-shm w.db-shm'
+		sqlite3 del.db 'PRAGMA cache_size=5; CREATE TABLE t(v); INSERT INTO t VALUES(1),(2);' 'BEGIN; INSERT INTO t SELECT randomblob(5000) FROM t,t,t,t;' \
+			'.shell cp del.db d.db; cp del.db-journal d.db-journal'`, "sh", src)
+	for _, c := range []struct{ name, sides string }{{"w.db", "-wal -shm"}, {"d.db", "-journal"}} {
+		for how, script := range map[string]string{
+			"database first": `cp "$1/$2" "$4"; for s in $3; do cp "$1/$2$s" "$4$s"; done`,
+			"journal first":  `for s in $3; do cp "$1/$2$s" "$4$s"; done; cp "$1/$2" "$4"`,
+			"journal open":   `for s in $3; do cp "$1/$2$s" "$4$s"; done; exec 7<"${4}${3%% *}"; cp "$1/$2" "$4"`,
+			"renamed": `cp "$1/$2" "$4"; cat "$4-pos" || true
+				for s in $3; do cp "$1/$2$s" tmp$$; mv tmp$$ "$4$s"; done`,
+		} {
+			t.Run(c.name+" "+how, func(t *testing.T) {
+				env := env.For(t)
+				path := node.Path(strings.ReplaceAll(how, " ", "-") + "-" + c.name)
+				cmd := env.Command("bash", "-euc", script, "sh", src, c.name, c.sides, path)
+				cmd.Dir = node.Mount
+				env.Must(cmd, "")
+				if got := env.SQL(path, "SELECT v FROM t;"); got != "1\n2" {
+					t.Errorf("got %q, want 1, 2", got)
+				}
+				before := env.Pos(path).TXID
+				if got := env.SQL(path, "INSERT INTO t VALUES(3); SELECT count(*) FROM t; PRAGMA integrity_check;"); got != "3\nok" {
+					t.Errorf("got %q, want 3, ok", got)
+				}
+				if after := env.Pos(path).TXID; after != before+1 {
+					t.Errorf("the insert: got TXID %d after %d", after, before)
+				}
+				out := filepath.Join(env.Folder("out"), filepath.Base(path))
+				env.Must(node.Client("export", "--db", filepath.Base(path), "-o", out), "")
+				if got := env.SQL(out, "SELECT count(*) FROM t; PRAGMA integrity_check;"); got != "3\nok" {
+					t.Errorf("exported: got %q, want 3, ok", got)
+				}
+				if rest, _ := filepath.Glob(filepath.Join(node.Data, "files", filepath.Base(path)+"-*")); len(rest) > 0 {
+					t.Errorf("left as ordinary files: %v", rest)
+				}
+			})
+		}
+	}
+	node.Restart()
+	for _, name := range []string{"journal-first-w.db", "journal-first-d.db"} {
+		if got := env.SQL(node.Path(name), "SELECT count(*) FROM t;"); got != "3" {
+			t.Errorf("%s after a restart: got %s, want 3", name, got)
+		}
+	}
+	if _, err := os.Stat(node.Path("journal-first-w.db-wal")); err == nil {
+		t.Error("a WAL of the former life")
+	}
+}
