@@ -64,3 +64,61 @@ func TestJournalCopiedIn(t *testing.T) {
 		t.Error("a WAL of the former life")
 	}
 }
+
+// A copy that is not closed yet, or that the agent's end left behind, becomes a
+// database by the first transaction of SQLite; so does a copy under the name of a
+// database that was removed a moment ago. None loses a page of it.
+func TestUseOfUnclosedCopy(t *testing.T) {
+	env := testrig.New(t)
+	node := env.Node(testrig.Options{})
+	for _, mode := range []string{"wal", "delete"} {
+		src := filepath.Join(env.Folder("src"), mode+".db")
+		env.SQL(src, "PRAGMA journal_mode="+mode+"; CREATE TABLE t(v,n);"+fill("t", 500, 200))
+		check := func(t *testing.T, path string) {
+			t.Helper()
+			if got := env.For(t).SQL(path, "SELECT count(*) FROM t; PRAGMA integrity_check;"); got != "501\nok" {
+				t.Errorf("%s: got %.100q, want 501 rows, ok", filepath.Base(path), got)
+			}
+		}
+		insert := `sqlite3 -bail "$2" "INSERT INTO t VALUES('new',1)"`
+		names := map[string]string{
+			"open":    `exec 7>"$2"; cat "$1" >&7; ` + insert,
+			"removed": `for i in 1 2 3 4 5 6 7 8; do rm -f "$2"; exec 7>"$2"; cat "$1" >&7; ` + insert + `; exec 7>&-; done`,
+		}
+		for how, script := range names {
+			t.Run(how+" "+mode, func(t *testing.T) {
+				path := node.Path(how + "-" + mode + ".db")
+				env.For(t).Run("bash", "-euc", script, "sh", src, path)
+				check(t, path)
+			})
+		}
+		t.Run("left behind "+mode, func(t *testing.T) {
+			env, path := env.For(t), node.Path("left-"+mode+".db")
+			copier := env.Command("bash", "-euc", `exec 7>"$2"; cat "$1" >&7; sync "$2"; echo written; read x`, "sh", src, path)
+			in, err := copier.StdinPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			out, err := copier.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := copier.Start(); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := out.Read(make([]byte, 16)); err != nil {
+				t.Fatal(err)
+			}
+			node.Restart()
+			in.Close()
+			_ = copier.Wait()
+			env.Run("bash", "-euc", insert, "sh", src, path)
+			check(t, path)
+		})
+		node.Stop() // all is flushed, and no page cache hides it
+		node.Start()
+		for _, how := range []string{"open", "removed", "left"} {
+			check(t, node.Path(how+"-"+mode+".db"))
+		}
+	}
+}

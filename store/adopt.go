@@ -103,13 +103,12 @@ func (st *Store) adopt(f *file, name string) error {
 		db.fenceWith(err)
 		return err
 	}
-	top := db.stack.Load().committed[0]
-	top.takes, top.adopted = true, true
 	f.mu.Lock()
 	if f.back == nil {
 		f.back, b = b, nil // reads go through it until the file has moved
 	}
 	f.mu.Unlock()
+	db.takeOver()
 	f.isDB.Store(true)
 	db.size.Store(p.after.size())
 	db.confirm(p)
@@ -153,14 +152,31 @@ func wholeDatabase(b interface {
 	return c, nil
 }
 
+// takeOver makes the content of the ordinary file that of the database: it lies
+// under a new layer, and over what a drop left in memory. The caller sets isDB
+// after it, so that a read sees either the ordinary file or the new layer. db.mu
+// is held.
+func (db *DB) takeOver() {
+	l := newLayer(db.st.pool)
+	l.takes, l.adopted = true, true
+	s := *db.stack.Load()
+	if top := s.committed[0]; top.empty() {
+		s.committed = append([]*layer{l}, s.committed[1:]...)
+	} else {
+		top.pos, top.lsn = db.at, max(top.lsn, 1)
+		s.committed = append([]*layer{l}, s.committed...)
+	}
+	db.stack.Store(&s)
+}
+
 // promote makes the node of a first transaction a database. The ordinary file
 // goes when the log is durable past it. db.mu is held.
 func (db *DB) promote() {
 	if db.file.isDB.Load() {
 		return
 	}
-	if db.file.backed() {
-		db.stack.Load().committed[0].takes = true
+	if top := db.stack.Load().committed[0]; db.file.backed() && !top.takes {
+		top.takes = true
 	}
 	db.file.isDB.Store(true)
 	db.file.gone.Store(false)

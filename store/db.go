@@ -153,13 +153,30 @@ func (db *DB) isDropped() bool {
 
 // readAt reads what programs see: running transaction, committed layers, file.
 func (db *DB) readAt(p []byte, off int64) error {
-	s := db.stack.Load()
-	if s.txn == nil {
-		return readThrough(s.committed, p, off, db.readFile)
+	list, txn := db.visible()
+	if txn == nil {
+		return readThrough(list, p, off, db.readFile)
 	}
-	return s.txn.through(p, off, func(q []byte, o int64) error {
-		return readThrough(s.committed, q, o, db.readFile)
+	return txn.through(p, off, func(q []byte, o int64) error {
+		return readThrough(list, q, o, db.readFile)
 	})
+}
+
+// visible returns the overlay and the committed layers that lie over what readFile
+// reads. Those of a dropped database, still on their way to its files, do not lie
+// over the ordinary file that took its name.
+func (db *DB) visible() (committed []*layer, txn *layer) {
+	ordinary := db.file.backed() && !db.file.isDB.Load() // before the stack: see takeOver
+	s := db.stack.Load()
+	if ordinary {
+		return nil, s.txn
+	}
+	for i, l := range s.committed {
+		if l.adopted {
+			return s.committed[:i+1], s.txn
+		}
+	}
+	return s.committed, s.txn
 }
 
 // through reads from one layer and calls under for what shows through.
@@ -170,7 +187,8 @@ func (l *layer) through(p []byte, off int64, under func(p []byte, off int64) err
 // readCommitted reads the committed content of the database file. In WAL mode
 // that is without the pages that are only in the WAL.
 func (db *DB) readCommitted(p []byte, off int64) error {
-	return readThrough(db.stack.Load().committed, p, off, db.readFile)
+	list, _ := db.visible()
+	return readThrough(list, p, off, db.readFile)
 }
 
 // readFile reads the file itself; beyond its end there are zeros.

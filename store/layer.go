@@ -24,7 +24,7 @@ type layer struct {
 
 	fresh   bool // the files under it are those of a dropped database: remove them first
 	takes   bool // the first layer of a database that was an ordinary file
-	adopted bool // with takes: that file's content is the committed one
+	adopted bool // with takes: that file's content lies under the layer; set before the layer is shown
 }
 
 func newLayer(p *sparse.Pool) *layer {

@@ -364,6 +364,9 @@ func (db *DB) confirmWAL(w *walState, p *pending) {
 			}
 		}
 	}
+	if db.file.backed() && !db.file.isDB.Load() {
+		db.takeOver() // the pages that are not in the WAL
+	}
 	db.promote()
 	db.confirm(p)
 }
