@@ -65,6 +65,27 @@ func TestJournalCopiedIn(t *testing.T) {
 	}
 }
 
+// With a database goes the journal or WAL beside it, and the kernel may still know
+// the name: a new database made at once must not be given the old one.
+func TestNewDatabaseAtOnce(t *testing.T) {
+	env := testrig.New(t)
+	node := env.Node(testrig.Options{})
+	for _, mode := range modes {
+		t.Run(mode, func(t *testing.T) {
+			env, path := env.For(t), node.Path(mode+".db")
+			make := "PRAGMA journal_mode=" + mode + "; CREATE TABLE t(v); INSERT INTO t VALUES(1);"
+			var script strings.Builder
+			for range 10 {
+				script.WriteString(".open " + path + "\n" + make + "\n.shell rm " + path + "\n")
+			}
+			if out := env.SQL(path, script.String()+".open "+path+"\n"+make); strings.Count(out, mode) != 11 {
+				t.Errorf("got %q, want 11 databases", out)
+			}
+			checkDB(env, path)
+		})
+	}
+}
+
 // A copy that is not closed yet, or that the agent's end left behind, becomes a
 // database by the first transaction of SQLite; so does a copy under the name of a
 // database that was removed a moment ago. None loses a page of it.

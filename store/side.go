@@ -51,6 +51,9 @@ func (s *sideFile) Open(write bool) (Handle, error) {
 	if write && s.owner != nil && s.kind != KindShm && !s.st.opt.Writable(s.owner.name()) {
 		return nil, fmt.Errorf("%s: %w", s.path, ErrReplica)
 	}
+	if s.gone.Load() {
+		return nil, ErrStale // went with its database: the kernel looks the name up again
+	}
 	s.opens.Add(1)
 	return &sideHandle{s: s}, nil
 }
