@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"net"
 	"strings"
@@ -19,8 +20,8 @@ import (
 // runHub is the hub's service.
 func runHub(ctx context.Context, cfg hub.Config, opts hub.Options) error {
 	tuneMemory(int64(cfg.Sync.Memory))
-	opts.HTTP = func(ctx context.Context, ln net.Listener, h transport.Handler) error {
-		srv := httptransport.NewServer(h, httptransport.ServerOptions{Log: opts.Log})
+	opts.HTTP = func(ctx context.Context, ln net.Listener, h transport.Handler, tlsConfig *tls.Config) error {
+		srv := httptransport.NewServer(h, httptransport.ServerOptions{TLS: tlsConfig, Log: opts.Log})
 		stop := context.AfterFunc(ctx, func() { srv.Close() })
 		err := srv.Serve(ln)
 		stop()
@@ -63,6 +64,7 @@ with its history. It runs until SIGTERM or SIGINT.`,
 	cmd.Flags().StringVar(&file, "config", "", "configuration `FILE` (default "+hub.ConfigFile+")")
 	cmd.Flags().BoolVar(&unsafeData, "unsafe-data", false, "accept a data folder on a file system that may lose what was synced")
 	cmd.Flags().StringVar(&site, "site", "", "`ID` of the site, for a hub that has lost everything")
+	cmd.AddCommand(newToken(a))
 	return cmd
 }
 

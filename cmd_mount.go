@@ -16,6 +16,7 @@ import (
 
 	"github.com/litefs-agent/litefs-agent/agent"
 	"github.com/litefs-agent/litefs-agent/internal/config"
+	"github.com/litefs-agent/litefs-agent/internal/tlsfiles"
 	"github.com/litefs-agent/litefs-agent/transport"
 	httptransport "github.com/litefs-agent/litefs-agent/transport/http"
 )
@@ -23,20 +24,29 @@ import (
 // runNode is the node's service.
 func runNode(ctx context.Context, cfg agent.Config, opts agent.Options) error {
 	tuneMemory(int64(cfg.Sync.Memory))
-	opts.Dial = dial
+	opts.Dial = func(url string) (transport.Dialer, error) { return newDialer(url, cfg.Hub) }
 	return agent.Run(ctx, cfg, opts)
 }
 
-// dial makes the way to the hub at a URL of the configuration.
-func dial(rawURL string) (transport.Dialer, error) {
+// newDialer makes the way to the hub at a URL of the configuration. Its files are
+// read anew each time it dials.
+func newDialer(rawURL string, cfg agent.HubConfig) (*httptransport.Dialer, error) {
 	u, err := url.Parse(rawURL)
 	switch {
 	case err != nil:
 		return nil, err
-	case u.Scheme != "http":
-		return nil, fmt.Errorf("%s: this version carries the link over http:// only", u.Redacted())
+	case u.Scheme != "http" && u.Scheme != "https":
+		return nil, fmt.Errorf("%s: this version carries the link over http:// and https:// only", u.Redacted())
 	}
-	return httptransport.NewDialer(rawURL, httptransport.DialOptions{})
+	return httptransport.NewDialer(rawURL, httptransport.DialOptions{Credentials: func() (c httptransport.Credentials, err error) {
+		if u.Scheme == "https" {
+			if c.TLS, err = tlsfiles.Client(cfg.CA, cfg.Cert, cfg.Key); err != nil {
+				return c, err
+			}
+		}
+		c.Token, err = agent.ReadToken(cfg.TokenFile)
+		return c, err
+	}})
 }
 
 // tuneMemory keeps the process small: memory is what boards have least of.

@@ -250,6 +250,11 @@ func (s serviceState) print(w io.Writer, problems []string, now time.Time) {
 	for _, problem := range problems {
 		fmt.Fprintf(table, "\t%s\n", problem)
 	}
+	if s.hub != nil {
+		for _, problem := range s.hub.Problems {
+			fmt.Fprintf(table, "problem\t%s\n", problem)
+		}
+	}
 	fmt.Fprintf(table, "site\t%s\n", orDash(site))
 	if link := s.link(); link != nil {
 		fmt.Fprintf(table, "hub\t%s\n", linkText(link, now))

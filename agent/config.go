@@ -170,7 +170,10 @@ func (h *HubConfig) check(c *config.Checker) {
 		if len(h.URL) > 1 {
 			key = fmt.Sprintf("hub.url[%d]", i+1)
 		}
-		c.URL(key, rawURL, "http", "https", "mqtt", "mqtts", "ws", "wss")
+		u := c.URL(key, rawURL, "http", "https", "mqtt", "mqtts", "ws", "wss")
+		if u != nil && u.Scheme == "http" && h.TokenFile != "" && !config.Loopback(u.Hostname()) {
+			c.Fault(key, "%q: the token of hub.token-file would travel for everybody to read: use https://", u.Redacted())
+		}
 	}
 	c.Pair("hub.cert", h.Cert, "hub.key", h.Key)
 	c.Positive("hub.commit-timeout", h.CommitTimeout)

@@ -43,10 +43,12 @@ type HubConfig struct {
 
 // HTTPConfig is [http]: where nodes connect.
 type HTTPConfig struct {
-	Listen   string `toml:"listen"` // anything but loopback needs TLS and authentication; empty: no HTTP
-	Cert     string `toml:"cert"`   // with key: TLS
-	Key      string `toml:"key"`
-	ClientCA string `toml:"client-ca"` // PEM file: nodes must show a certificate of it
+	Listen string `toml:"listen"` // anything but loopback needs TLS and authentication; empty: no HTTP
+	Cert   string `toml:"cert"`   // with key: TLS
+	Key    string `toml:"key"`
+	// ClientCA is a PEM file: a node that shows a certificate of it needs no token.
+	// Without [auth] tokens every node must show one.
+	ClientCA string `toml:"client-ca"`
 }
 
 // MQTTConfig is [mqtt].
@@ -219,7 +221,7 @@ func (h *HTTPConfig) check(c *config.Checker, auth AuthConfig) {
 		c.Fault("http.listen", "%s: anything but loopback needs TLS: set http.cert and http.key, or listen on 127.0.0.1", h.Listen)
 	}
 	if auth.Tokens == "" && h.ClientCA == "" {
-		c.Fault("http.listen", "%s: anything but loopback needs authentication: set auth.tokens or http.client-ca", h.Listen)
+		c.Fault("http.listen", "%s: anything but loopback needs authentication: set auth.tokens or http.client-ca, or listen on 127.0.0.1", h.Listen)
 	}
 }
 
@@ -230,8 +232,7 @@ func loopback(address string) bool {
 	if err != nil {
 		return true // reported already
 	}
-	ip := net.ParseIP(host)
-	return host == "localhost" || ip != nil && ip.IsLoopback()
+	return config.Loopback(host)
 }
 
 func (m *MQTTConfig) check(c *config.Checker) {

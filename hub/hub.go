@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -30,6 +32,7 @@ type IngestOptions struct {
 	// Hold refuses the line of a device that the hub does not know, for an
 	// operator to decide; else it becomes current and the other one is kept.
 	Hold bool
+	Auth *Auth        // nil: everybody is who it says it is
 	Log  *slog.Logger // nil discards
 }
 
@@ -39,11 +42,16 @@ type Ingest struct {
 	log   *slog.Logger
 	nodes *registry
 
+	refusals throttle
+
 	mu       sync.Mutex // guards sessions
 	sessions map[string]*session
 }
 
-var _ transport.Handler = (*Ingest)(nil)
+var (
+	_ transport.Handler = (*Ingest)(nil)
+	_ transport.Gate    = (*Ingest)(nil)
+)
 
 // NewIngest reads what is known of the nodes.
 func NewIngest(opt IngestOptions) (*Ingest, error) {
@@ -64,15 +72,54 @@ func nameAt(node, name string) string { return NodesDir + "/" + node + "/" + nam
 // replaces.
 const replaceWait = 5 * time.Second
 
+// Admit implements transport.Gate.
+func (h *Ingest) Admit(_ context.Context, peer transport.Peer) (*transport.Identity, error) {
+	id, err := h.opt.Auth.who(peer)
+	if err != nil {
+		h.turnedAway(peer, "", err)
+		return nil, err
+	}
+	out := &transport.Identity{Site: h.opt.Site, Hub: h.opt.ID}
+	if !id.anybody {
+		out.Node = id.names[0]
+	}
+	return out, nil
+}
+
+// turnedAway logs a peer without good credentials, a few a minute at most.
+func (h *Ingest) turnedAway(peer transport.Peer, node string, err error) {
+	if n, ok := h.refusals.allow(time.Now()); ok {
+		h.log.Warn("a peer was turned away", "peer", node, "addr", peer.Addr, "carrier", peer.Carrier, "unlogged", n, "err", err)
+	}
+}
+
+// Recheck ends the sessions whose credentials are not good any more: a token was
+// revoked, or the client CA replaced.
+func (h *Ingest) Recheck() {
+	h.mu.Lock()
+	list := slices.Collect(maps.Values(h.sessions))
+	h.mu.Unlock()
+	for _, s := range list {
+		if err := h.opt.Auth.check(s.peer, s.node); err != nil {
+			s.cancel(err)
+		}
+	}
+}
+
 // Accept implements transport.Handler.
 func (h *Ingest) Accept(ctx context.Context, peer transport.Peer, hello *transport.Hello) (*transport.Welcome, error) {
+	if err := h.opt.Auth.check(peer, hello.Node); err != nil {
+		h.turnedAway(peer, hello.Node, err)
+		return nil, err
+	}
 	switch {
 	case !config.ValidID(hello.Node):
 		return nil, transport.Refuse(transport.CodeNodeID, "%q is no node id: 1 to 64 of A-Z a-z 0-9 _ -", hello.Node)
 	case hello.Node == h.opt.ID:
 		return nil, transport.Refuse(transport.CodeNodeID, "%q is the id of this hub: set another [node] id", hello.Node)
 	case hello.Site != transport.Site{} && hello.Site != h.opt.Site:
-		return nil, transport.Refuse(transport.CodeSite, "this hub is of site %s, the node of site %s", h.opt.Site, hello.Site)
+		return nil, transport.Refuse(transport.CodeSite, "this hub is of site %s, the node belongs to site %s and gets nothing here: "+
+			"start the hub with --site %s if it has lost its data, or the node with an empty data folder", h.opt.Site, hello.Site, hello.Site)
 	}
 	// What the older session still has on its way would move the positions.
 	if err := h.end(ctx, hello.Node); err != nil {
@@ -140,6 +187,7 @@ func (h *Ingest) Serve(ctx context.Context, c transport.Conn, hello *transport.H
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	s := newSession(h, hello.Node, c, cancel)
+	s.peer = transport.PeerOf(ctx)
 	for {
 		if err := h.end(ctx, hello.Node); err != nil {
 			return err
@@ -151,6 +199,9 @@ func (h *Ingest) Serve(ctx context.Context, c transport.Conn, hello *transport.H
 			break
 		}
 		h.mu.Unlock()
+	}
+	if err := h.opt.Auth.check(s.peer, s.node); err != nil {
+		cancel(err) // revoked since Accept: Recheck did not know this session yet
 	}
 	h.nodes.connected(hello)
 	h.log.Info("node connected", "peer", hello.Node, "version", hello.AgentVersion)

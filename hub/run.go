@@ -3,6 +3,7 @@ package hub
 import (
 	"context"
 	"crypto/rand"
+	"crypto/tls"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -12,6 +13,8 @@ import (
 	"time"
 
 	"github.com/litefs-agent/litefs-agent/internal/control"
+	"github.com/litefs-agent/litefs-agent/internal/reload"
+	"github.com/litefs-agent/litefs-agent/internal/tlsfiles"
 	"github.com/litefs-agent/litefs-agent/ltx"
 	"github.com/litefs-agent/litefs-agent/service"
 	"github.com/litefs-agent/litefs-agent/store"
@@ -20,7 +23,8 @@ import (
 
 // A Carrier serves sessions on a listener until ctx ends. Main provides it, so that
 // the hub does not know what carries the link.
-type Carrier func(ctx context.Context, ln net.Listener, h transport.Handler) error
+// tlsConfig is nil for cleartext.
+type Carrier func(ctx context.Context, ln net.Listener, h transport.Handler, tlsConfig *tls.Config) error
 
 // Run is the hub's service: it recovers, listens, takes records and answers
 // until ctx ends.
@@ -30,6 +34,14 @@ func Run(ctx context.Context, cfg Config, opts Options) (err error) {
 		log = slog.New(slog.DiscardHandler)
 	}
 	if err := supported(cfg); err != nil {
+		return err
+	}
+	files, err := openTLS(cfg, log)
+	if err != nil {
+		return err
+	}
+	auth, err := newAuth(cfg, files, log)
+	if err != nil {
 		return err
 	}
 	mount := cfg.Mount
@@ -46,7 +58,7 @@ func Run(ctx context.Context, cfg Config, opts Options) (err error) {
 	if err != nil {
 		return err
 	}
-	h := &answers{Core: core, version: opts.Version, site: site.String()}
+	h := &answers{Core: core, version: opts.Version, site: site.String(), auth: auth}
 	if err := core.Serve(h); err != nil {
 		return err
 	}
@@ -62,7 +74,7 @@ func Run(ctx context.Context, cfg Config, opts Options) (err error) {
 		return err
 	}
 	ingest, err := NewIngest(IngestOptions{
-		ID: core.ID, Site: site, Store: st, FS: core.Data.FS, Hold: cfg.Hub.Divergence == "hold", Log: log,
+		ID: core.ID, Site: site, Store: st, FS: core.Data.FS, Hold: cfg.Hub.Divergence == "hold", Auth: auth, Log: log,
 	})
 	if err != nil {
 		return err
@@ -71,28 +83,41 @@ func Run(ctx context.Context, cfg Config, opts Options) (err error) {
 	if err := core.Mount(ctx); err != nil || ctx.Err() != nil {
 		return err
 	}
-	return serve(ctx, cfg, opts, core, ingest, log)
+	return serve(ctx, cfg, opts, core, ingest, files, log)
 }
 
 // serve listens until ctx ends, the mount does, or listening fails.
-func serve(ctx context.Context, cfg Config, opts Options, core *service.Core, ingest *Ingest, log *slog.Logger) error {
+func serve(ctx context.Context, cfg Config, opts Options, core *service.Core, ingest *Ingest, files *tlsfiles.Server, log *slog.Logger) error {
 	ln, err := net.Listen("tcp", cfg.HTTP.Listen)
 	if err != nil {
 		return fmt.Errorf("http.listen: %w", err)
 	}
-	log.Info("listening", "addr", ln.Addr().String(), "site", ingest.opt.Site.String())
+	if files == nil && !loopback(ln.Addr().String()) { // a name that resolves to something else
+		ln.Close()
+		return fmt.Errorf("http.listen: %s is %s, which is not loopback: set http.cert and http.key, or listen on 127.0.0.1", cfg.HTTP.Listen, ln.Addr())
+	}
+	var tlsConfig *tls.Config
+	if files != nil {
+		tlsConfig = files.Config()
+	}
+	log.Info("listening", "addr", ln.Addr().String(), "tls", files != nil, "site", ingest.opt.Site.String())
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	carried := make(chan error, 1)
+	carried, watched := make(chan error, 1), make(chan struct{})
 	go func() {
-		carried <- opts.HTTP(ctx, ln, ingest)
+		carried <- opts.HTTP(ctx, ln, ingest, tlsConfig)
 		cancel()
+	}()
+	go func() {
+		defer close(watched)
+		reload.Watch(ctx, log, ingest.Recheck, cfg.Auth.Tokens, cfg.HTTP.ClientCA)
 	}()
 	if opts.Ready != nil {
 		opts.Ready()
 	}
 	err = core.Wait(ctx)
 	cancel() // first the sessions end, then the mount and the engine
+	<-watched
 	if cerr := <-carried; cerr != nil {
 		err = errors.Join(err, fmt.Errorf("http: %w", cerr))
 	}
@@ -101,14 +126,8 @@ func serve(ctx context.Context, cfg Config, opts Options, core *service.Core, in
 
 // supported names what the configuration asks for and this version lacks.
 func supported(cfg Config) error {
-	switch {
-	case cfg.HTTP.Listen == "" || cfg.MQTT.Broker != "" || cfg.MQTT.Listen != "":
+	if cfg.HTTP.Listen == "" || cfg.MQTT.Broker != "" || cfg.MQTT.Listen != "" {
 		return errors.New("this version carries the link over HTTP only: set http.listen, leave mqtt.broker and mqtt.listen empty")
-	case cfg.HTTP.Cert != "" || cfg.HTTP.ClientCA != "":
-		return errors.New("http.cert: this version has no TLS: leave it empty and listen on loopback")
-	case !loopback(cfg.HTTP.Listen):
-		return fmt.Errorf("http.listen: %s is not loopback, and this version has neither TLS nor authentication of nodes: "+
-			"listen on 127.0.0.1 and let an SSH tunnel or a proxy with authentication forward to it", cfg.HTTP.Listen)
 	}
 	return nil
 }
@@ -138,6 +157,7 @@ type answers struct {
 	*service.Core
 	version string
 	site    string
+	auth    *Auth
 	ingest  atomic.Pointer[Ingest] // nil while recovering
 }
 
@@ -155,7 +175,10 @@ func (a *answers) Status(context.Context) any {
 	s := control.StatusHub{
 		Role: "hub", ID: a.ID, Site: &a.site, Version: a.version, Healthy: a.Healthy(),
 		Mount: a.MountStatus(), Databases: []control.StatusDatabase{}, Nodes: []control.StatusNodeAtHub{},
-		Card: a.Card(), Memory: service.Memory(),
+		Card: a.Card(), Memory: service.Memory(), Problems: a.auth.problems(),
+	}
+	if s.Problems == nil {
+		s.Problems = []string{}
 	}
 	ingest := a.ingest.Load()
 	if ingest == nil {

@@ -31,6 +31,7 @@ const (
 type session struct {
 	h      *Ingest
 	node   string
+	peer   transport.Peer // set before the session is known to others
 	c      transport.Conn
 	cancel context.CancelCauseFunc
 	done   chan struct{} // closed when nothing is under way any more

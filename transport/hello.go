@@ -92,7 +92,7 @@ func (c Config) Answer(ctx context.Context, h Handler, peer Peer, first Message,
 	}
 	w, err := h.Accept(ctx, peer, hello)
 	if err != nil {
-		return nil, Limits{}, byeFor(err)
+		return nil, Limits{}, ByeFor(err)
 	}
 	if w.Version == 0 {
 		w.Version = version
@@ -106,9 +106,9 @@ func (c Config) Answer(ctx context.Context, h Handler, peer Peer, first Message,
 	return w, limits, nil
 }
 
-// byeFor is the Bye for an error of a Handler. The text of a foreign error stays
+// ByeFor is the Bye for an error of a Handler. The text of a foreign error stays
 // in the hub's log.
-func byeFor(err error) *Bye {
+func ByeFor(err error) *Bye {
 	if e, ok := errors.AsType[*ByeError](err); ok {
 		return &Bye{Code: e.Code, Text: e.Text, RetryAfter: e.RetryAfter}
 	}
@@ -145,7 +145,7 @@ func Run(life context.Context, h Handler, c Conn, hello *Hello, welcome *Welcome
 		case life.Err() != nil:
 			bye, err = shutdown, nil
 		case err != nil:
-			bye = byeFor(err)
+			bye = ByeFor(err)
 		}
 	}
 	CloseWith(c, bye)

@@ -247,6 +247,13 @@ func Redact(urls []string) []string {
 	return list
 }
 
+// Loopback reports whether only this machine is reached at a host. A name other
+// than localhost may resolve to anything.
+func Loopback(host string) bool {
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
+}
+
 // MQTTPrefix wants the first levels of a topic.
 func (c *Checker) MQTTPrefix(key, value string) {
 	if value == "" || strings.ContainsAny(value, "+#\x00") || slices.Contains(strings.Split(value, "/"), "") || value[0] == '$' {

@@ -32,6 +32,9 @@ type StatusHub struct {
 	Nodes     []StatusNodeAtHub `json:"nodes"`
 	Card      StatusCard        `json:"card"`
 	Memory    StatusMemory      `json:"memory"`
+	// Problems are files of the configuration whose present content is not in
+	// force: the older one is. A hub is healthy with them.
+	Problems []string `json:"problems"`
 }
 
 // The states of a link.

@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/litefs-agent/litefs-agent/internal/tlsfiles"
 	"github.com/litefs-agent/litefs-agent/transport"
 )
 
@@ -33,19 +34,31 @@ type DialOptions struct {
 	// PollWait is how long a long poll may be held by the hub; 20 s by default.
 	// Proxies cut requests that are silent for longer than they like.
 	PollWait time.Duration
-	// Authorize, if set, adds credentials to each request.
-	Authorize func(*nethttp.Request) error
-	// TLS is for https URLs; nil is Go's default.
-	TLS *tls.Config
+	// Credentials, if set, is asked at the begin of each Dial for what the whole
+	// session then shows.
+	Credentials func() (Credentials, error)
 	// Proxy is as in net/http; nil uses none.
 	Proxy func(*nethttp.Request) (*url.URL, error)
+}
+
+// Credentials say who dials, and whom it trusts.
+type Credentials struct {
+	// TLS is for https URLs; nil is Go's default.
+	TLS *tls.Config
+	// Token is a bearer token, "" for none.
+	Token string
 }
 
 // A Dialer opens sessions to the hub at one URL. It is safe for concurrent use.
 type Dialer struct {
 	base *url.URL
 	opt  DialOptions
+	cred Credentials // of one Dial
+	*memory
+}
 
+// A memory is what a Dialer learns.
+type memory struct {
 	mu        sync.Mutex
 	pollUntil time.Time // streams do not get through: ModeAuto polls until then
 }
@@ -66,13 +79,30 @@ func NewDialer(rawURL string, opt DialOptions) (*Dialer, error) {
 	}
 	opt.Config = opt.Config.WithDefaults()
 	opt.PollWait = orDefault(opt.PollWait, 20*time.Second)
-	return &Dialer{base: u, opt: opt}, nil
+	return &Dialer{base: u, opt: opt, memory: new(memory)}, nil
+}
+
+// withCredentials returns a Dialer for one Dial.
+func (d *Dialer) withCredentials() (*Dialer, error) {
+	one := *d
+	if d.opt.Credentials == nil {
+		return &one, nil
+	}
+	var err error
+	if one.cred, err = d.opt.Credentials(); err != nil {
+		return nil, fmt.Errorf("credentials: %w", err)
+	}
+	return &one, nil
 }
 
 // Dial implements [transport.Dialer].
 func (d *Dialer) Dial(ctx context.Context, hello *transport.Hello) (transport.Conn, *transport.Welcome, error) {
 	hello = d.opt.Config.Hello(hello)
 	frame, err := transport.AppendFrame(nil, hello, transport.MaxHelloFrame)
+	if err != nil {
+		return nil, nil, err
+	}
+	d, err = d.withCredentials()
 	if err != nil {
 		return nil, nil, err
 	}
@@ -91,7 +121,7 @@ func (d *Dialer) Dial(ctx context.Context, hello *transport.Hello) (transport.Co
 		timeout = min(timeout, time.Until(at)/2)
 	}
 	c, w, reached, err := d.attempt(ctx, d.dialStream, hello, frame, timeout)
-	if err == nil || mode == ModeStream || !reached || ctx.Err() != nil || answered(err) {
+	if err == nil || mode == ModeStream || !reached || ctx.Err() != nil || answered(err) || tlsfiles.CertificateFault(err) {
 		return c, w, err
 	}
 	c, w, _, pollErr := d.attempt(ctx, d.dialPoll, hello, frame, d.opt.HelloTimeout)
@@ -147,8 +177,8 @@ func (d *Dialer) transport(k *cutter, p *nethttp.Protocols) *nethttp.Transport {
 		return nil
 	}}
 	var tlsConfig *tls.Config
-	if d.opt.TLS != nil {
-		tlsConfig = d.opt.TLS.Clone()
+	if d.cred.TLS != nil {
+		tlsConfig = d.cred.TLS.Clone()
 	}
 	return &nethttp.Transport{
 		Protocols:              p,
@@ -181,10 +211,8 @@ func (d *Dialer) request(ctx context.Context, method, path string, body io.Reade
 	if body != nil {
 		r.Header.Set("Content-Type", contentType)
 	}
-	if d.opt.Authorize != nil {
-		if err := d.opt.Authorize(r); err != nil {
-			return nil, fmt.Errorf("credentials: %w", err)
-		}
+	if d.cred.Token != "" {
+		r.Header.Set("Authorization", "Bearer "+d.cred.Token)
 	}
 	return r, nil
 }

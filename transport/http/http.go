@@ -18,6 +18,8 @@ import (
 const (
 	pathSession = "/v1/session"
 	pathOpen    = "/v1/session/open"
+	// pathIdentity says whom credentials name.
+	pathIdentity = "/v1/identity"
 
 	contentType   = "application/x-litefs-frames"
 	headerSession = "Litefs-Session"
@@ -36,9 +38,19 @@ const (
 	unsentBytes = 64 << 10
 	// pollChunk is the most a push request carries.
 	pollChunk = 64 << 10
+	// maxPushBody is the most that the hub takes in one push request.
+	maxPushBody = 4 << 20
 	// maxHeaderBytes bounds the header of requests and responses.
 	maxHeaderBytes = 16 << 10
 )
+
+// identityJSON is the answer of pathIdentity.
+type identityJSON struct {
+	Site  string `json:"site,omitempty"`
+	Hub   string `json:"hub,omitempty"`
+	Node  string `json:"node,omitempty"`
+	Error string `json:"error,omitempty"`
+}
 
 // http2Config bounds what HTTP/2 holds for a connection.
 func http2Config(c transport.Config) *nethttp.HTTP2Config {

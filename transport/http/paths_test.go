@@ -98,6 +98,12 @@ func mustDial(t *testing.T, d transport.Dialer) transport.Conn {
 	return c
 }
 
+func trusting(pool *x509.CertPool, token string) func() (httptransport.Credentials, error) {
+	return func() (httptransport.Credentials, error) {
+		return httptransport.Credentials{TLS: &tls.Config{RootCAs: pool}, Token: token}, nil
+	}
+}
+
 // TestFallback: where HTTP/2 does not get through, ModeAuto polls, and next time
 // does so at once.
 func TestFallback(t *testing.T) {
@@ -115,7 +121,7 @@ func TestFallback(t *testing.T) {
 				front.StartTLS()
 				pool := x509.NewCertPool()
 				pool.AddCert(front.Certificate())
-				opt.TLS = &tls.Config{RootCAs: pool}
+				opt.Credentials = trusting(pool, "")
 			} else {
 				front.Start()
 			}
@@ -184,12 +190,8 @@ func TestTLS(t *testing.T) {
 	pool.AddCert(front.Certificate())
 	for _, mode := range []httptransport.Mode{httptransport.ModeAuto, httptransport.ModePoll} {
 		c := mustDial(t, dialer(t, front.URL+"/hub", httptransport.DialOptions{
-			Mode: mode,
-			TLS:  &tls.Config{RootCAs: pool},
-			Authorize: func(r *nethttp.Request) error {
-				r.Header.Set("Authorization", "Bearer secret")
-				return nil
-			},
+			Mode:        mode,
+			Credentials: trusting(pool, "secret"),
 		}))
 		exchange(t, c, 10)
 		time.Sleep(300 * time.Millisecond) // past the server's time-outs

@@ -7,6 +7,8 @@ import (
 	"strconv"
 	"sync"
 	"time"
+
+	"github.com/litefs-agent/litefs-agent/transport"
 )
 
 // A pollPipe is the server's end of a session over short requests: a byte stream
@@ -19,6 +21,7 @@ import (
 // client has given up, can no longer move the stream.
 type pollPipe struct {
 	opt     ServerOptions
+	peer    transport.Peer // who opened the session
 	aborted chan struct{}
 
 	upReady, upRoom chan struct{} // 1 token each
@@ -38,9 +41,9 @@ type pollPipe struct {
 // A turn is one request's right to move a stream; over is closed by its successor.
 type turn struct{ over chan struct{} }
 
-func newPollPipe(opt ServerOptions) *pollPipe {
+func newPollPipe(opt ServerOptions, peer transport.Peer) *pollPipe {
 	one := func() chan struct{} { return make(chan struct{}, 1) }
-	return &pollPipe{opt: opt, aborted: make(chan struct{}),
+	return &pollPipe{opt: opt, peer: peer, aborted: make(chan struct{}),
 		upReady: one(), upRoom: one(), downRoom: one(), downReady: one()}
 }
 
@@ -154,6 +157,7 @@ func (p *pollPipe) servePush(w nethttp.ResponseWriter, r *nethttp.Request) {
 	wait := time.NewTimer(p.opt.PollWait)
 	defer wait.Stop()
 	buf := make([]byte, 16<<10)
+	r.Body = nethttp.MaxBytesReader(w, r.Body, maxPushBody)
 	for {
 		n, err := r.Body.Read(buf)
 		if n > 0 {

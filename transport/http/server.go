@@ -1,10 +1,13 @@
 package http
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/subtle"
 	"crypto/tls"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"io"
 	"log/slog"
@@ -24,6 +27,12 @@ type ServerOptions struct {
 	// MaxSessions bounds the sessions open or being opened; 4096 by default. More
 	// are answered with CodeBusy.
 	MaxSessions int
+	// MaxSessionsOfOne bounds those of one peer that a [transport.Gate] knows, while
+	// an older one ends for instance; 8 by default.
+	MaxSessionsOfOne int
+	// MaxConns bounds the connections of Serve; twice MaxSessions and 1024 by
+	// default. More are closed at once.
+	MaxConns int
 	// PollWait is how long a long poll is held without anything to say; 20 s by
 	// default.
 	PollWait time.Duration
@@ -37,13 +46,16 @@ type ServerOptions struct {
 // below, to be mounted beside others; or it serves a listener by itself.
 type Server struct {
 	handler transport.Handler
+	gate    transport.Gate // nil: the handler is none
 	opt     ServerOptions
+	guard   *guard
 	ctx     context.Context // ends at Close or Shutdown: the life of all sessions
 	cancel  context.CancelFunc
 
 	mu      sync.Mutex // guards what follows
 	closed  bool
 	n       int                     // sessions, also those in hello
+	of      map[string]int          // those of each peer that is known
 	idle    chan struct{}           // closed when n fell to 0 after closed
 	polls   map[string]*pollPipe    // by session id
 	servers map[*nethttp.Server]any // of Serve
@@ -55,11 +67,18 @@ func NewServer(h transport.Handler, opt ServerOptions) *Server {
 	if opt.MaxSessions == 0 {
 		opt.MaxSessions = 4096
 	}
+	if opt.MaxSessionsOfOne == 0 {
+		opt.MaxSessionsOfOne = 8
+	}
+	if opt.MaxConns == 0 {
+		opt.MaxConns = 2*opt.MaxSessions + 1024
+	}
 	opt.PollWait = orDefault(opt.PollWait, 20*time.Second)
 	if opt.Log == nil {
 		opt.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{handler: h, opt: opt, idle: make(chan struct{}),
+	gate, _ := h.(transport.Gate)
+	s := &Server{handler: h, gate: gate, opt: opt, guard: newGuard(opt.MaxConns), idle: make(chan struct{}), of: make(map[string]int),
 		polls: make(map[string]*pollPipe), servers: make(map[*nethttp.Server]any)}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
@@ -85,6 +104,7 @@ func (s *Server) HTTPServer(h nethttp.Handler) *nethttp.Server {
 			if t, ok := c.(*tls.Conn); ok {
 				c = t.NetConn()
 			}
+			ctx = withConn(ctx, c)
 			if sc, ok := c.(syscall.Conn); ok {
 				if rc, err := sc.SyscallConn(); err == nil {
 					limitUnsent(rc)
@@ -107,6 +127,7 @@ func (s *Server) Serve(ln net.Listener) error {
 	}
 	s.servers[hs] = nil
 	s.mu.Unlock()
+	ln = guardedListener{ln, s.guard}
 	var err error
 	if s.opt.TLS != nil {
 		err = hs.ServeTLS(ln, "", "")
@@ -142,8 +163,9 @@ func (s *Server) Close() error {
 	return nil
 }
 
-// acquire takes one of MaxSessions, or says why not. release gives it back.
-func (s *Server) acquire() *transport.Bye {
+// acquire takes one of MaxSessions, and of those of the peer who, or says why
+// not. release gives it back. who is "" where nobody asks.
+func (s *Server) acquire(who string) *transport.Bye {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
@@ -151,21 +173,82 @@ func (s *Server) acquire() *transport.Bye {
 		return transport.RetryIn(transport.CodeShutdown, time.Second, "the hub stops")
 	case s.n >= s.opt.MaxSessions:
 		return transport.RetryIn(transport.CodeBusy, 30*time.Second, "too many sessions")
+	case who != "" && s.of[who] >= s.opt.MaxSessionsOfOne:
+		return transport.RetryIn(transport.CodeBusy, 30*time.Second, "too many sessions of this node")
 	}
 	s.n++
+	if who != "" {
+		s.of[who]++
+	}
 	return nil
 }
 
-func (s *Server) release() {
+func (s *Server) release(who string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if who != "" {
+		if s.of[who]--; s.of[who] == 0 {
+			delete(s.of, who)
+		}
+	}
 	if s.n--; s.n == 0 && s.closed {
 		close(s.idle)
 	}
 }
 
+// admit asks the gate about the peer of a request. It returns whom the
+// credentials name, or the Bye to send. A peer that fails too often gets no
+// answer: admit does not return.
+func (s *Server) admit(r *nethttp.Request, peer transport.Peer) (*transport.Identity, *transport.Bye) {
+	id := new(transport.Identity)
+	if s.gate != nil {
+		ctx, cancel := context.WithTimeout(r.Context(), s.opt.HelloTimeout)
+		defer cancel()
+		var err error
+		if id, err = s.gate.Admit(ctx, peer); err != nil {
+			bye := transport.ByeFor(err)
+			if bye.Code == transport.CodeAuth && !s.guard.failed(r.RemoteAddr) {
+				cutRequest(r)
+				panic(nethttp.ErrAbortHandler)
+			}
+			return nil, bye
+		}
+	}
+	s.guard.knownRequest(r)
+	return id, nil
+}
+
+// serveIdentity tells somebody who shows credentials whom they name.
+func (s *Server) serveIdentity(w nethttp.ResponseWriter, r *nethttp.Request) {
+	if s.gate == nil {
+		nethttp.NotFound(w, r)
+		return
+	}
+	id, bye := s.admit(r, peerOf(r, "http"))
+	var answer identityJSON
+	status := nethttp.StatusOK
+	switch {
+	case bye == nil:
+		answer.Site, answer.Hub, answer.Node = id.Site.String(), id.Hub, id.Node
+	case bye.Code == transport.CodeAuth:
+		status = nethttp.StatusUnauthorized
+		answer.Error = bye.Text
+	default:
+		status = nethttp.StatusServiceUnavailable
+		answer.Error = bye.Text
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(answer) // or the peer has gone
+}
+
 // ServeHTTP answers the paths of docs/protocol.md, "HTTP".
 func (s *Server) ServeHTTP(w nethttp.ResponseWriter, r *nethttp.Request) {
+	if r.URL.Path == pathIdentity && r.Method == nethttp.MethodGet {
+		s.serveIdentity(w, r)
+		return
+	}
 	rest, ok := strings.CutPrefix(r.URL.Path, pathSession)
 	if !ok || rest != "" && rest[0] != '/' {
 		nethttp.NotFound(w, r)
@@ -200,10 +283,11 @@ func (s *Server) withPoll(id string, serve func(*pollPipe, nethttp.ResponseWrite
 	p := s.polls[id]
 	s.mu.Unlock()
 	return func(w nethttp.ResponseWriter, r *nethttp.Request) {
-		if p == nil {
+		if p == nil || !samePeer(p.peer, peerOf(r, CarrierPoll)) {
 			nethttp.Error(w, "no such session", nethttp.StatusNotFound)
 			return
 		}
+		s.guard.knownRequest(r)
 		serve(p, w, r)
 	}
 }
@@ -213,65 +297,92 @@ func peerOf(r *nethttp.Request, carrier string) transport.Peer {
 	return transport.Peer{Carrier: carrier, Addr: r.RemoteAddr, TLS: r.TLS, Token: token}
 }
 
-// hello reads the first frame of r and answers it on w.
-func (s *Server) hello(w nethttp.ResponseWriter, r *nethttp.Request, carrier string) (*transport.Hello, *transport.Welcome, transport.Limits, bool) {
+// samePeer reports whether two requests show the same credentials: the id of a
+// session, which proxies may log, is not enough.
+func samePeer(a, b transport.Peer) bool {
+	return subtle.ConstantTimeCompare([]byte(a.Token), []byte(b.Token)) == 1 && bytes.Equal(leafOf(a), leafOf(b))
+}
+
+func leafOf(p transport.Peer) []byte {
+	if p.TLS == nil || len(p.TLS.PeerCertificates) == 0 {
+		return nil
+	}
+	return p.TLS.PeerCertificates[0].Raw
+}
+
+// An opening is a session whose hello was answered.
+type opening struct {
+	who     string // for release
+	peer    transport.Peer
+	hello   *transport.Hello
+	welcome *transport.Welcome
+	limits  transport.Limits
+}
+
+// hello reads the first frame of r and answers it on w. Without a session it
+// returns nil.
+func (s *Server) hello(w nethttp.ResponseWriter, r *nethttp.Request, carrier string) *opening {
 	// A server that s is mounted in may have time-outs meant for short requests.
 	rc := nethttp.NewResponseController(w)
 	deadline := time.Now().Add(s.opt.HelloTimeout)
 	_ = rc.SetReadDeadline(deadline) // a writer without deadlines has none to take away
 	_ = rc.SetWriteDeadline(deadline)
 
-	bye := s.acquire()
-	ok := bye == nil
-	var first transport.Message
-	var welcome *transport.Welcome
-	var limits transport.Limits
-	if ok {
-		defer func() {
-			if !ok {
-				s.release()
-			}
-		}()
-		var err error
-		first, _, err = transport.ReadFrame(r.Body, transport.MaxHelloFrame)
-		ctx, cancel := context.WithDeadline(s.ctx, deadline)
-		defer cancel()
-		welcome, limits, bye = s.opt.Answer(ctx, s.handler, peerOf(r, carrier), first, err)
+	o := &opening{peer: peerOf(r, carrier)}
+	id, bye := s.admit(r, o.peer)
+	if bye == nil {
+		o.who = id.Node
+		bye = s.acquire(o.who)
+	}
+	if bye == nil {
+		if bye = s.answer(r, o, deadline); bye != nil || o.welcome.MovedURL != "" {
+			s.release(o.who)
+		}
 	}
 	w.Header().Set("Content-Type", contentType)
 	w.Header().Set("Cache-Control", "no-store")
-	var answer transport.Message = welcome
 	if bye != nil {
-		answer, ok = bye, false
-	} else if welcome.MovedURL != "" {
-		ok = false
+		b, _ := transport.AppendFrame(nil, bye, transport.MaxHelloFrame)
+		_, _ = w.Write(b) // or the peer has gone
+		return nil
 	}
-	b, err := transport.AppendFrame(nil, answer, transport.MaxHelloFrame)
-	if err != nil {
-		s.opt.Log.Error("welcome does not fit", "peer", r.RemoteAddr, "err", err)
-		b, _ = transport.AppendFrame(nil, &transport.Bye{Code: transport.CodeInternal, Text: "welcome does not fit"}, transport.MaxHelloFrame)
-		ok = false
+	b, err := transport.AppendFrame(nil, o.welcome, transport.MaxHelloFrame) // fits: answer has tried
+	open := o.welcome.MovedURL == ""
+	if open && carrier == CarrierPoll {
+		w.Header().Set(headerSession, s.startPoll(o))
 	}
-	if carrier == CarrierPoll {
-		if ok {
-			id := s.startPoll(r, first.(*transport.Hello), welcome, limits)
-			w.Header().Set(headerSession, id)
-		}
+	if err == nil {
+		_, err = w.Write(b)
 	}
-	if _, err := w.Write(b); err == nil {
+	if err == nil {
 		err = rc.Flush()
-		if err != nil && carrier == CarrierStream {
-			ok = false
-		}
-	} else if carrier == CarrierStream {
-		ok = false
 	}
-	if !ok {
-		return nil, nil, limits, false
+	if !open {
+		return nil
+	}
+	if err != nil && carrier == CarrierStream {
+		s.release(o.who)
+		return nil
 	}
 	_ = rc.SetReadDeadline(time.Time{})
 	_ = rc.SetWriteDeadline(time.Time{})
-	return first.(*transport.Hello), welcome, limits, true
+	return o
+}
+
+// answer reads the hello and has it answered.
+func (s *Server) answer(r *nethttp.Request, o *opening, deadline time.Time) (bye *transport.Bye) {
+	first, _, err := transport.ReadFrame(r.Body, transport.MaxHelloFrame)
+	ctx, cancel := context.WithDeadline(s.ctx, deadline)
+	defer cancel()
+	if o.welcome, o.limits, bye = s.opt.Answer(ctx, s.handler, o.peer, first, err); bye != nil {
+		return bye
+	}
+	o.hello = first.(*transport.Hello)
+	if _, err := transport.AppendFrame(nil, o.welcome, transport.MaxHelloFrame); err != nil {
+		s.opt.Log.Error("welcome does not fit", "peer", o.hello.Node, "addr", r.RemoteAddr, "err", err)
+		return &transport.Bye{Code: transport.CodeInternal, Text: "welcome does not fit"}
+	}
+	return nil
 }
 
 func (s *Server) serveStream(w nethttp.ResponseWriter, r *nethttp.Request) {
@@ -280,18 +391,18 @@ func (s *Server) serveStream(w nethttp.ResponseWriter, r *nethttp.Request) {
 		nethttp.Error(w, "a stream needs HTTP/2; without it use "+pathOpen, nethttp.StatusHTTPVersionNotSupported)
 		return
 	}
-	hello, welcome, limits, ok := s.hello(w, r, CarrierStream)
-	if !ok {
+	o := s.hello(w, r, CarrierStream)
+	if o == nil {
 		return
 	}
-	defer s.release()
+	defer s.release(o.who)
 	pipe := &serverPipe{w: w, body: r.Body, rc: nethttp.NewResponseController(w)}
-	s.run(transport.NewSession(pipe, s.opt.Config, limits), hello, welcome, r.RemoteAddr)
+	s.run(transport.NewSession(pipe, s.opt.Config, o.limits), o)
 }
 
-func (s *Server) run(c transport.Conn, hello *transport.Hello, welcome *transport.Welcome, addr string) {
-	if err := transport.Run(s.ctx, s.handler, c, hello, welcome); err != nil {
-		s.opt.Log.Warn("session failed", "peer", hello.Node, "addr", addr, "err", err)
+func (s *Server) run(c transport.Conn, o *opening) {
+	if err := transport.Run(transport.WithPeer(s.ctx, o.peer), s.handler, c, o.hello, o.welcome); err != nil {
+		s.opt.Log.Warn("session failed", "peer", o.hello.Node, "addr", o.peer.Addr, "err", err)
 	}
 }
 
@@ -323,18 +434,17 @@ func (p *serverPipe) Abort() {
 }
 
 // startPoll runs a polling session, which outlives the request that opened it.
-func (s *Server) startPoll(r *nethttp.Request, hello *transport.Hello, welcome *transport.Welcome, limits transport.Limits) string {
+func (s *Server) startPoll(o *opening) string {
 	var random [16]byte
 	_, _ = rand.Read(random[:]) // never fails
 	id := hex.EncodeToString(random[:])
-	p := newPollPipe(s.opt)
+	p := newPollPipe(s.opt, o.peer)
 	s.mu.Lock()
 	s.polls[id] = p
 	s.mu.Unlock()
-	addr := r.RemoteAddr
 	go func() { // Close waits for release
-		defer s.release()
-		s.run(transport.NewSession(p, s.opt.Config, limits), hello, welcome, addr)
+		defer s.release(o.who)
+		s.run(transport.NewSession(p, s.opt.Config, o.limits), o)
 		s.mu.Lock()
 		delete(s.polls, id)
 		s.mu.Unlock()
