@@ -24,13 +24,15 @@ import (
 // runNode is the node's service.
 func runNode(ctx context.Context, cfg agent.Config, opts agent.Options) error {
 	tuneMemory(int64(cfg.Sync.Memory))
-	opts.Dial = func(url string) (transport.Dialer, error) { return newDialer(url, cfg.Hub) }
+	opts.Dial = func(url string) (transport.Dialer, error) {
+		return newDialer(url, cfg.Hub, func() (string, error) { return agent.ReadToken(cfg.Hub.TokenFile) })
+	}
 	return agent.Run(ctx, cfg, opts)
 }
 
-// newDialer makes the way to the hub at a URL of the configuration. Its files are
-// read anew each time it dials.
-func newDialer(rawURL string, cfg agent.HubConfig) (*httptransport.Dialer, error) {
+// newDialer makes the way to the hub at a URL of the configuration. Token and
+// files are read anew each time it dials.
+func newDialer(rawURL string, cfg agent.HubConfig, token func() (string, error)) (*httptransport.Dialer, error) {
 	u, err := url.Parse(rawURL)
 	switch {
 	case err != nil:
@@ -44,7 +46,7 @@ func newDialer(rawURL string, cfg agent.HubConfig) (*httptransport.Dialer, error
 				return c, err
 			}
 		}
-		c.Token, err = agent.ReadToken(cfg.TokenFile)
+		c.Token, err = token()
 		return c, err
 	}})
 }

@@ -100,7 +100,7 @@ func (a *Auth) who(peer transport.Peer) (id identity, err error) {
 	}
 	if len(id.names) == 0 {
 		if asked {
-			return id, authRefusal("this hub wants a token or a certificate: make a token there with 'litefs-agent hub token add NODE' and give it to the node with 'litefs-agent join'")
+			return id, authRefusal("this hub wants a token, or a certificate of its client-ca: make a token there with 'litefs-agent hub token add NODE' and give it to the node with 'litefs-agent join'")
 		}
 		id.anybody = true
 	}

@@ -44,8 +44,9 @@ type Ingest struct {
 
 	refusals throttle
 
-	mu       sync.Mutex // guards sessions
+	mu       sync.Mutex // guards sessions and hellos
 	sessions map[string]*session
+	hellos   map[string]*meter // of each node
 }
 
 var (
@@ -62,7 +63,7 @@ func NewIngest(opt IngestOptions) (*Ingest, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Ingest{opt: opt, log: opt.Log, nodes: nodes, sessions: make(map[string]*session)}, nil
+	return &Ingest{opt: opt, log: opt.Log, nodes: nodes, sessions: make(map[string]*session), hellos: make(map[string]*meter)}, nil
 }
 
 // nameAt is the name at the hub of a node's database.
@@ -121,6 +122,9 @@ func (h *Ingest) Accept(ctx context.Context, peer transport.Peer, hello *transpo
 		return nil, transport.Refuse(transport.CodeSite, "this hub is of site %s, the node belongs to site %s and gets nothing here: "+
 			"start the hub with --site %s if it has lost its data, or the node with an empty data folder", h.opt.Site, hello.Site, hello.Site)
 	}
+	if !h.helloAllowed(hello.Node) {
+		return nil, &transport.ByeError{Code: transport.CodeBusy, Text: "too many hellos of this node", RetryAfter: 10 * time.Second}
+	}
 	// What the older session still has on its way would move the positions.
 	if err := h.end(ctx, hello.Node); err != nil {
 		return nil, err
@@ -141,6 +145,24 @@ func (h *Ingest) Accept(ctx context.Context, peer transport.Peer, hello *transpo
 	}
 	h.log.Debug("hello", "peer", hello.Node, "addr", peer.Addr, "carrier", peer.Carrier)
 	return w, nil
+}
+
+// Hellos of one node: so many at once, then so many a second. Each costs the hub
+// a write to its disk.
+const (
+	helloBurst = 100
+	helloRate  = 10
+)
+
+func (h *Ingest) helloAllowed(node string) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	m := h.hellos[node]
+	if m == nil {
+		m = new(meter)
+		h.hellos[node] = m
+	}
+	return m.allow(time.Now(), helloBurst, helloRate)
 }
 
 // databases returns what the hub has of a node.

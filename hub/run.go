@@ -177,9 +177,6 @@ func (a *answers) Status(context.Context) any {
 		Mount: a.MountStatus(), Databases: []control.StatusDatabase{}, Nodes: []control.StatusNodeAtHub{},
 		Card: a.Card(), Memory: service.Memory(), Problems: a.auth.problems(),
 	}
-	if s.Problems == nil {
-		s.Problems = []string{}
-	}
 	ingest := a.ingest.Load()
 	if ingest == nil {
 		s.Healthy = false

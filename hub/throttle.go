@@ -34,3 +34,20 @@ func (t *throttle) allow(now time.Time) (hidden int, ok bool) {
 	hidden, t.hidden = t.hidden, 0
 	return hidden, true
 }
+
+// A meter lets a burst of things happen, then so many a second. Its zero value is
+// ready; who has it guards it.
+type meter struct {
+	debt float64
+	at   time.Time
+}
+
+func (m *meter) allow(now time.Time, burst, perSecond float64) bool {
+	m.debt = max(0, m.debt-perSecond*now.Sub(m.at).Seconds())
+	m.at = now
+	if m.debt >= burst {
+		return false
+	}
+	m.debt++
+	return true
+}

@@ -36,6 +36,16 @@ type lineScanner struct {
 	table  string         // key of the last header, with the number of an array's table
 	tables map[string]int // tables seen of each array of tables
 	index  lineIndex
+	spans  map[string]span // of the values and headers; nil where nobody asks
+}
+
+// A span is a part of the text, without comments and spaces around it.
+type span struct{ from, to int }
+
+func (s *lineScanner) found(key string, from, to int) {
+	if s.spans != nil {
+		s.spans[key] = span{from, to}
+	}
 }
 
 // next takes one byte.
@@ -74,8 +84,10 @@ func (s *lineScanner) header() {
 	for s.pos < len(s.text) && s.text[s.pos] == '[' {
 		s.next()
 	}
+	from := s.pos
 	key := s.key("]")
 	s.toLineEnd()
+	end := s.pos
 	if array {
 		s.tables[key]++
 		s.index[key] = max(s.index[key], line)
@@ -83,6 +95,7 @@ func (s *lineScanner) header() {
 	}
 	s.table = key
 	s.index[key] = line
+	s.found(key, from, end)
 }
 
 // assignment reads KEY = VALUE.
@@ -95,7 +108,11 @@ func (s *lineScanner) assignment() {
 	s.index[key] = line
 	if s.pos < len(s.text) && s.text[s.pos] == '=' {
 		s.next()
-		s.value()
+		for s.pos < len(s.text) && strings.IndexByte(" \t", s.text[s.pos]) >= 0 {
+			s.next()
+		}
+		from := s.pos
+		s.found(key, from, s.value())
 	}
 }
 
@@ -120,13 +137,15 @@ func (s *lineScanner) key(end string) string {
 }
 
 // value skips a value: to the end of the line, but over strings, lists and
-// inline tables of several lines.
-func (s *lineScanner) value() {
+// inline tables of several lines. It returns where the value itself ends.
+func (s *lineScanner) value() (end int) {
 	depth := 0
+	end = s.pos
 	for s.pos < len(s.text) {
 		switch c := s.text[s.pos]; c {
 		case '"', '\'':
 			s.quoted(c)
+			end = s.pos
 			continue
 		case '#':
 			s.toLineEnd()
@@ -137,11 +156,14 @@ func (s *lineScanner) value() {
 			depth--
 		case '\n':
 			if depth <= 0 {
-				return
+				return end
 			}
 		}
-		s.next()
+		if strings.IndexByte(" \t\r\n", s.next()) < 0 {
+			end = s.pos
+		}
 	}
+	return end
 }
 
 // quoted skips a string in any of the four forms.

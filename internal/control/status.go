@@ -33,8 +33,9 @@ type StatusHub struct {
 	Card      StatusCard        `json:"card"`
 	Memory    StatusMemory      `json:"memory"`
 	// Problems are files of the configuration whose present content is not in
-	// force: the older one is. A hub is healthy with them.
-	Problems []string `json:"problems"`
+	// force: the older one is. A hub is healthy with them. Left out where there are
+	// none.
+	Problems []string `json:"problems,omitempty"`
 }
 
 // The states of a link.

@@ -36,6 +36,9 @@ type Service struct {
 type Options struct {
 	ID     string // default "n1", "hub"
 	Config string // TOML, after the sections that the rig writes: [node], [mount], [status]
+	HTTP   string // hub: lines of [http] beside listen
+	Node   string // node: further lines of [node]
+	NoID   bool   // without an id in the configuration
 	User   bool   // runs as the ordinary user
 	Mount  bool   // hub: with a mount; a node always has one
 	Method string // of mounting
@@ -44,12 +47,18 @@ type Options struct {
 // Node starts a node and returns when it is mounted.
 func (env *Env) Node(opts Options) *Service {
 	env.Helper()
+	s := env.NewNode(opts)
+	s.Start()
+	return s
+}
+
+// NewNode prepares a node; Start starts it.
+func (env *Env) NewNode(opts Options) *Service {
+	env.Helper()
 	if opts.ID == "" {
 		opts.ID = "n1"
 	}
-	s := env.service("mount", opts)
-	s.Start()
-	return s
+	return env.service("mount", opts)
 }
 
 // NewHub prepares a hub that listens at addr; Start starts it.
@@ -58,7 +67,7 @@ func (env *Env) NewHub(addr string, opts Options) *Service {
 	if opts.ID == "" {
 		opts.ID = "hub"
 	}
-	opts.Config += fmt.Sprintf("\n[http]\nlisten = %q\n", addr)
+	opts.Config += fmt.Sprintf("\n[http]\nlisten = %q\n%s\n", addr, opts.HTTP)
 	return env.service("hub", opts)
 }
 
@@ -75,7 +84,14 @@ func (env *Env) service(verb string, opts Options) *Service {
 		section = "hub"
 	}
 	var text strings.Builder
-	fmt.Fprintf(&text, "[%s]\nid = %q\ndata = %q\n\n[status]\nsocket = %q\n", section, s.ID, s.Data, s.socket)
+	id := fmt.Sprintf("id = %q\n", s.ID)
+	if opts.NoID {
+		id = ""
+	}
+	if verb == "mount" {
+		id += opts.Node
+	}
+	fmt.Fprintf(&text, "[%s]\n%sdata = %q\n\n[status]\nsocket = %q\n", section, id, s.Data, s.socket)
 	if verb == "mount" || opts.Mount {
 		s.Mount = filepath.Join(dir, "mnt")
 		if opts.Method == "" {
@@ -208,6 +224,19 @@ func (s *Service) Restart() {
 	s.env.Helper()
 	s.Kill()
 	s.Start()
+}
+
+// Config is the file of the configuration.
+func (s *Service) Config() string { return s.config }
+
+// Log returns what the service has logged in all its lives.
+func (s *Service) Log() string {
+	s.env.Helper()
+	text, err := os.ReadFile(s.logFile)
+	if err != nil {
+		s.env.Fatal(err)
+	}
+	return string(text)
 }
 
 // Path returns the path of name at the mount.

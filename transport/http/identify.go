@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	nethttp "net/http"
+	"strings"
 
 	"github.com/litefs-agent/litefs-agent/transport"
 )
@@ -48,7 +49,7 @@ func (d *Dialer) Identify(ctx context.Context) (*transport.Identity, error) {
 	case err == nil && answer.Error != "":
 		return nil, fmt.Errorf("ask %s: %w", d.base.Redacted(), &statusError{resp.StatusCode, answer.Error})
 	case err != nil || resp.StatusCode != nethttp.StatusOK:
-		return nil, fmt.Errorf("ask %s: no hub answers there: %w", d.base.Redacted(), &statusError{resp.StatusCode, nethttp.StatusText(resp.StatusCode)})
+		return nil, fmt.Errorf("ask %s: no hub answers there: %w", d.base.Redacted(), &statusError{resp.StatusCode, strings.TrimSpace(string(text[:min(len(text), 200)]))})
 	}
 	id := &transport.Identity{Hub: answer.Hub, Node: answer.Node}
 	site, err := hex.DecodeString(answer.Site)
