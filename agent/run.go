@@ -40,7 +40,8 @@ func Run(ctx context.Context, cfg Config, opts Options) (err error) {
 	st, err := core.Recover(store.Options{
 		Durability: store.Durability{Commit: cfg.Sync.Durability.EveryCommit, After: cfg.Sync.Durability.AtLatest.Std()},
 		Flush:      cfg.Sync.Flush.Std(), History: cfg.Sync.History.Std(),
-		Budget: int64(cfg.Sync.Budget), Memory: int64(cfg.Sync.Memory),
+		BacklogStep: cfg.Sync.BacklogStep.Std(),
+		Budget:      int64(cfg.Sync.Budget), Memory: int64(cfg.Sync.Memory),
 		FileMode: uint32(cfg.Mount.FileMode),
 		Reserved: func(name string) bool { return name == "nodes" || strings.HasPrefix(name, "nodes/") },
 		Lag:      link.Lag,

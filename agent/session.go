@@ -54,13 +54,14 @@ type session struct {
 }
 
 // A shipping is what a session knows of one database. Guarded by session.mu, but
-// for held, next and whole, which the sending goroutine alone uses
+// for held, next, whole and pages, which the sending goroutine alone uses
 // while busy is false, and the bulk goroutine while it is true.
 type shipping struct {
 	name    string
 	history uint64
 	next    ltx.Pos         // where the hub will be once all that was sent has arrived
 	whole   bool            // only a snapshot helps
+	pages   bool            // only what changed is known, not by which transactions
 	held    *store.Shipment // read from the engine, waits for room or for its group
 	size    int64           // of the database, for the order
 	busy    bool            // a bulk goroutine sends
@@ -114,6 +115,7 @@ func (l *Link) ship(ctx context.Context, c transport.Conn, w *transport.Welcome)
 		x.drop()
 	}
 	s.mu.Unlock()
+	s.st.LinkDown()
 	if rerr := <-received; rerr != nil && (err == nil || errors.Is(err, context.Canceled)) {
 		err = rerr
 	}
@@ -271,7 +273,7 @@ func (s *session) shipOne(ctx context.Context, x *shipping) (outcome, error) {
 			return paused, nil
 		}
 	}
-	if x.whole {
+	if x.whole || x.pages {
 		return s.startBulk(ctx, x, db), nil
 	}
 	if x.held == nil {
@@ -281,6 +283,9 @@ func (s *session) shipOne(ctx context.Context, x *shipping) (outcome, error) {
 			return undurable, nil
 		case errors.Is(err, store.ErrNothing):
 			return idle, nil
+		case errors.Is(err, store.ErrPages):
+			x.pages = true
+			return more, nil
 		case errors.Is(err, store.ErrGap), err != nil && s.gaveUp(x):
 			x.whole = true
 			return more, nil
@@ -382,7 +387,7 @@ func (s *session) sibling(x *shipping, part store.GroupPart) (*shipping, outcome
 	y := s.shipping(part.Name)
 	unanswered := y != x && slices.ContainsFunc(y.flight, func(f flight) bool { return f.pos.TXID >= part.TXID })
 	switch {
-	case y.busy || y.resync != nil || y.whole:
+	case y.busy || y.resync != nil || y.whole || y.pages:
 		return nil, blocked
 	case unanswered:
 		// Sent before: if that is refused both go again, if not x goes alone.
@@ -495,12 +500,23 @@ func (s *session) startBulk(ctx context.Context, x *shipping, db *store.DB) outc
 func (s *session) sendBulk(ctx context.Context, x *shipping, db *store.DB) error {
 	sh := x.held
 	x.held = nil
-	if x.whole {
-		var err error
+	var err error
+	switch {
+	case x.whole:
 		if sh, err = db.SnapshotShipment(); err != nil {
 			return err
 		}
 		s.l.log.Info("sending a snapshot", "db", x.name, "pos", sh.Pos(), "bytes", sh.Size)
+	case x.pages:
+		sh, err = db.PagesShipment(x.next)
+		if errors.Is(err, store.ErrGap) {
+			x.whole = true
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		s.l.log.Info("sending the changed pages", "db", x.name, "from", sh.Min, "pos", sh.Pos(), "bytes", sh.Size)
 	}
 	before := x.next
 	if err := s.push(ctx, x, sh, 0, 0); err != nil {
@@ -510,7 +526,7 @@ func (s *session) sendBulk(ctx context.Context, x *shipping, db *store.DB) error
 		s.mu.Unlock()
 		return err
 	}
-	x.whole = false
+	x.whole, x.pages = false, false
 	return nil
 }
 
@@ -547,7 +563,7 @@ func (s *session) start(x *shipping, db *store.DB, hub transport.DatabaseState) 
 	s.mu.Lock()
 	x.drop()
 	s.forget(x)
-	x.history, x.next, x.whole = info.History, ltx.Pos{}, false
+	x.history, x.next, x.whole, x.pages = info.History, ltx.Pos{}, false, false
 	s.mu.Unlock()
 	switch {
 	case hub.History == 0 || hub.Pos.IsZero():

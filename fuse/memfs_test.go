@@ -253,6 +253,8 @@ func (fs *memFS) ReadDir(p string) ([]store.DirEntry, error) {
 	return list, nil
 }
 
+func (fs *memFS) LogAhead() bool   { return false }
+func (fs *memFS) AwaitLog()        {}
 func (fs *memFS) WantsQuiet() bool { return false }
 func (fs *memFS) Quiet()           {}
 

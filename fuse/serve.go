@@ -145,6 +145,8 @@ func (c *connection) take(k *call, n int) {
 // requests to be served. A WRITE to an ordinary file is bracketed by beginWait.
 func (c *connection) waits(h *gofuse.InHeader, in []byte) bool {
 	switch h.Opcode {
+	case opWrite:
+		return c.fs.store.LogAhead()
 	case opFsync:
 		// A journal is in memory, and what was committed before it is durable: the
 		// two FSYNCs of a journal in each transaction wait for nothing.
@@ -288,6 +290,7 @@ func (c *connection) dispatch(k *call, h *gofuse.InHeader) (status gofuse.Status
 		k.out = k.out[:outHeader+n]
 		return status, true
 	case opWrite:
+		m.store.AwaitLog()
 		return c.writeData(k), true
 	case opRelease:
 		m.Release(nil, arg[gofuse.ReleaseIn](k))

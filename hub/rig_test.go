@@ -317,15 +317,19 @@ func export(tb testing.TB, db *store.DB) []byte {
 type nodeFS struct{ st *store.Store }
 
 type nodeFile struct {
-	n store.Node
-	h store.Handle
+	st *store.Store
+	n  store.Node
+	h  store.Handle
 }
 
-func (f nodeFile) ReadAt(p []byte, off int64) (int, error)  { return f.h.ReadAt(p, off) }
-func (f nodeFile) WriteAt(p []byte, off int64) (int, error) { return f.h.WriteAt(p, off) }
-func (f nodeFile) Truncate(size int64) error                { return f.n.SetSize(f.h, size) }
-func (f nodeFile) Sync() error                              { return f.h.Sync() }
-func (f nodeFile) Size() int64                              { return f.n.Attr().Size }
+func (f nodeFile) ReadAt(p []byte, off int64) (int, error) { return f.h.ReadAt(p, off) }
+func (f nodeFile) WriteAt(p []byte, off int64) (int, error) {
+	f.st.AwaitLog()
+	return f.h.WriteAt(p, off)
+}
+func (f nodeFile) Truncate(size int64) error { return f.n.SetSize(f.h, size) }
+func (f nodeFile) Sync() error               { return f.h.Sync() }
+func (f nodeFile) Size() int64               { return f.n.Attr().Size }
 func (f nodeFile) Close() {
 	if h, ok := f.h.(store.Flusher); ok {
 		h.Flush()
@@ -343,14 +347,14 @@ func notExist(err error) error {
 func (t nodeFS) Open(name string, create bool) (pager.File, error) {
 	if create {
 		n, h, err := t.st.Create(name, 0o644, false)
-		return nodeFile{n, h}, notExist(err)
+		return nodeFile{t.st, n, h}, notExist(err)
 	}
 	n, err := t.st.Lookup(name)
 	if err != nil {
 		return nil, notExist(err)
 	}
 	h, err := n.Open(true)
-	return nodeFile{n, h}, err
+	return nodeFile{t.st, n, h}, err
 }
 
 func (t nodeFS) Exists(name string) bool {

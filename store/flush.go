@@ -47,6 +47,7 @@ func (st *Store) kickFlush() {
 // logGrew counts what transactions add to the log, so that the flusher looks at
 // its length once a segment and not at every commit.
 func (st *Store) logGrew(n int64) {
+	st.ahead.Add(n)
 	if st.sinceLook.Add(n) > st.opt.SegmentSize/2 {
 		st.sinceLook.Store(0)
 		st.kickFlush()
@@ -270,6 +271,14 @@ func (db *DB) prepareFiles(l *layer) error {
 // checkpointIfNeeded frees log segments when more than the ring's target are in
 // use.
 func (st *Store) checkpointIfNeeded() {
+	ahead := st.ahead.Load()
+	defer func() { // also after an error: then the disk's own limits hold
+		st.ahead.Add(-ahead)
+		st.roomMu.Lock()
+		close(st.room)
+		st.room = make(chan struct{})
+		st.roomMu.Unlock()
+	}()
 	segs := st.wlog.Segments()
 	if len(segs) <= st.ringTarget {
 		return
@@ -301,7 +310,7 @@ func (st *Store) checkpoint(below commitlog.LSN) error {
 		list := st.dirtyBelow(below)
 		if len(list) == 0 {
 			st.wlog.Release(below)
-			return nil
+			return st.shrink()
 		}
 		if err := st.moveBases(list, below); err != nil {
 			return err

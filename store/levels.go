@@ -15,7 +15,7 @@ import (
 )
 
 // maxLevelFiles is how many level files of one database may stand side by side
-// before they are compacted into one of the next level.
+// before neighbours are compacted, and how many become one.
 const maxLevelFiles = 16
 
 // keepHistory writes level files for the records below lsn that the log is about
@@ -31,23 +31,52 @@ func (db *DB) keepHistory(below commitlog.LSN, base position) (ltx.TXID, error) 
 	}
 	list := slices.Clone(db.recs.list[:n])
 	need := db.neededFrom(base)
-	acked, sent := db.recs.acked.TXID, max(db.recs.sent, db.recs.mark)
 	db.mu.Unlock()
 	drop := 0
 	for drop < len(list) && list[drop].max < need {
 		drop++
 	}
-	kept, err := db.writeLevels(list[drop:], acked, sent)
+	kept, err := db.writeLevels(list[drop:], db.classes(base))
 	if err != nil {
 		return 0, err
 	}
 	db.mu.Lock()
 	db.recs.list = slices.Concat(list[:drop], kept, db.recs.list[n:])
 	db.mu.Unlock()
-	if list, err = db.mergeLevels(drop, base); list != nil {
-		need = list[len(list)-1].max + 1
+	return need, db.mergeLevels(drop, base)
+}
+
+// A class says with what else a record may be compacted: with its neighbours of
+// the same class. The zero class stays single.
+type class struct {
+	kind int8
+	step int64 // of the backlog: one position of each step is kept
+}
+
+// classes returns the function that tells the class of a record. Those that the
+// hub may stand between (sent and not acked) stay single, and so do parts of
+// groups that it lacks and sets of pages. What recovery does not need stays
+// apart.
+func (db *DB) classes(base position) func(entry) class {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	acked, sent, shipping := db.recs.acked.TXID, db.recs.boundary(), db.st.opt.Shipping
+	step := db.st.opt.BacklogStep.Milliseconds()
+	return func(e entry) class {
+		switch {
+		case e.set:
+			return class{}
+		case e.max <= acked && e.max <= base.TXID:
+			return class{kind: 1}
+		case e.max <= acked:
+			return class{kind: 2}
+		case e.group != 0 && shipping:
+			return class{}
+		case e.min > sent:
+			return class{3, e.time / step}
+		}
+		return class{}
 	}
-	return need, err
 }
 
 // forget drops the records before need from the index. db.mu is held.
@@ -92,10 +121,9 @@ func (db *DB) neededFrom(base position) ltx.TXID {
 	return need
 }
 
-// writeLevels makes files of the records that are only in the log. Those that
-// the hub may stand between (sent and not acked) stay single; runs of others
-// become one file.
-func (db *DB) writeLevels(list []entry, acked, sent ltx.TXID) ([]entry, error) {
+// writeLevels makes files of the records that are only in the log: runs of one
+// class become one file.
+func (db *DB) writeLevels(list []entry, class func(entry) class) ([]entry, error) {
 	var kept []entry
 	for i := 0; i < len(list); {
 		e := list[i]
@@ -108,10 +136,8 @@ func (db *DB) writeLevels(list []entry, acked, sent ltx.TXID) ([]entry, error) {
 			continue
 		}
 		k := i + 1
-		if e.max <= acked || e.min > sent {
-			for k < len(list) && list[k].path == "" && list[k].group == 0 && (list[k].max <= acked) == (e.max <= acked) {
-				k++
-			}
+		for c := class(e); k < len(list) && list[k].path == "" && list[k].group == 0 && c.kind != 0 && class(list[k]) == c; {
+			k++
 		}
 		level := 0
 		if k > i+1 {
@@ -206,56 +232,31 @@ func (db *DB) compact(w io.Writer, list []entry) (entry, error) {
 }
 
 // mergeLevels compacts the level files of one database when there are many; those
-// before index from are about to be forgotten. It returns what is to be forgotten
-// too: the history before base when the budget is used up: the content is in
-// the database file, and a link sends that instead.
-func (db *DB) mergeLevels(from int, base position) (forgotten []entry, err error) {
+// before index from are about to be forgotten. db.flushMu is held.
+func (db *DB) mergeLevels(from int, base position) error {
 	db.mu.Lock()
 	n := from
-	var size int64
 	for n < len(db.recs.list) && db.recs.list[n].lsn == 0 {
-		size += db.recs.list[n].size
 		n++
 	}
 	list := slices.Clone(db.recs.list[from:n])
 	n -= from
-	acked, sent := db.recs.acked.TXID, max(db.recs.sent, db.recs.mark)
 	db.mu.Unlock()
-	if n == 0 {
-		return nil, nil
-	}
-	if size > db.st.opt.Budget/2 && list[n-1].max <= base.TXID {
-		db.log.Warn("history forgotten: the budget is used up", "bytes", size)
-		return list, nil
-	}
 	if n <= maxLevelFiles {
-		return nil, nil
+		return nil
 	}
-	// Those that the hub may stand between (sent and not acked) stay single, and so
-	// do parts of groups that it lacks. What recovery does not need stays apart.
-	class := func(e entry) int {
-		switch {
-		case e.group != 0 && db.st.opt.Shipping && e.max > acked:
-			return 3
-		case e.max <= acked && e.max <= base.TXID:
-			return 0
-		case e.max <= acked:
-			return 1
-		case e.min > sent:
-			return 2
-		}
-		return 3
-	}
+	class := db.classes(base)
 	var kept []entry
 	for i := 0; i < n; {
 		k := i + 1
-		for k < n && class(list[i]) != 3 && class(list[k]) == class(list[i]) {
+		for c := class(list[i]); k < n && k-i < maxLevelFiles && c.kind != 0 && class(list[k]) == c; {
 			k++
 		}
 		e := list[i]
 		if k > i+1 {
+			var err error
 			if e, err = db.writeLevel(2, list[i:k]); err != nil {
-				return nil, err
+				return err
 			}
 		}
 		kept = append(kept, e)
@@ -267,7 +268,7 @@ func (db *DB) mergeLevels(from int, base position) (forgotten []entry, err error
 	db.dropFiles(slices.DeleteFunc(list, func(e entry) bool {
 		return slices.ContainsFunc(kept, func(k entry) bool { return k.path == e.path })
 	}))
-	return nil, nil
+	return nil
 }
 
 // openRecord reads the LTX bytes of a record, wherever they lie.

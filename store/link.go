@@ -94,7 +94,10 @@ func (db *DB) chain() []entry {
 	durable := db.st.wlog.Durable()
 	list := slices.Clone(db.recs.list)
 	list = slices.DeleteFunc(list, func(e entry) bool { return e.lsn > durable })
-	for i := len(list) - 1; i > 0; i-- {
+	for i := len(list) - 1; i >= 0; i-- {
+		if list[i].set {
+			return list[i+1:]
+		}
 		if list[i].min == 1 {
 			return list[i:]
 		}

@@ -88,7 +88,7 @@ func (db *DB) Mend(in Incoming) error {
 	}
 	damage, old, recs := db.damage, db.at.Pos, db.recs
 	undo := db.beginLine(in)
-	db.recs.acked, db.recs.sent, db.recs.mark = recs.acked, recs.sent, recs.mark
+	db.recs.acked, db.recs.sent, db.recs.mark, db.recs.heard = recs.acked, recs.sent, recs.mark, recs.heard
 	if err := db.appendIncoming(in, p, h); err != nil {
 		l.Reset()
 		undo()

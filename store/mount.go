@@ -156,4 +156,8 @@ type FS interface {
 	// request has come for a fraction of a millisecond. Neither waits.
 	WantsQuiet() bool
 	Quiet()
+	// LogAhead reports whether a WRITE is to call AwaitLog first, which waits for a
+	// second at most: programs commit faster than the log can be given up.
+	LogAhead() bool
+	AwaitLog()
 }

@@ -44,6 +44,7 @@ type Options struct {
 	Budget      int64         // bytes of log and level files, default 256 MiB
 	Memory      int64         // bytes of overlays, journals, WALs, default 4 MiB
 	SegmentSize int64         // of the log, default 4 MiB
+	BacklogStep time.Duration // distance of the positions that a compacted backlog keeps, default 5 min
 
 	// Large is the bound in bytes beyond which a transaction is written to a file of
 	// its own and the log holds a reference. Default 1 MiB.
@@ -83,6 +84,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.Budget <= 0 {
 		o.Budget = 256 << 20
+	}
+	if o.BacklogStep < time.Millisecond {
+		o.BacklogStep = 5 * time.Minute
 	}
 	if o.Memory <= 0 {
 		o.Memory = 4 << 20

@@ -18,6 +18,7 @@ type entry struct {
 	time      int64  // ms
 	size      int64  // bytes of the LTX
 	full      bool   // holds every page: needs nothing before it
+	set       bool   // only which pages changed is known: a set of pages (pageset.go)
 	group     uint64 // not 0: number (LSN) of the group record that holds it
 
 	lsn  commitlog.LSN // 0 if only in a file
@@ -33,6 +34,15 @@ type records struct {
 	acked ltx.Pos  // as the hub confirmed
 	sent  ltx.TXID // handed to a link in this life of the agent
 	mark  ltx.TXID // durable upper bound of what was ever handed to a link
+	heard bool     // the hub said in this life where it stands: sent is exact
+}
+
+// boundary returns the TXID beyond which the hub cannot stand.
+func (r *records) boundary() ltx.TXID {
+	if r.heard {
+		return r.sent
+	}
+	return max(r.sent, r.mark)
 }
 
 func (r *records) add(e entry) { r.list = append(r.list, e) }

@@ -25,6 +25,7 @@ type recovering struct {
 	hasMeta bool
 	logged  []entry       // records in the log, ascending, aborted ones taken out
 	grouped []entry       // parts of group files
+	marked  bool          // a sent mark follows the metadata
 	firstN  commitlog.LSN // first log record beyond the metadata
 	rebased uint64        // history that began with the content at the metadata's base
 }
@@ -197,7 +198,9 @@ func (r *recovery) replayOne(rec commitlog.Record, off int64, body []byte, group
 		if len(body) != 8 {
 			return errBadRecord
 		}
-		x.db.recs.mark = ltx.TXID(binary.BigEndian.Uint64(body))
+		if rec.LSN > x.meta.LSN { // else the metadata says it, or something lower
+			x.db.recs.mark, x.marked = ltx.TXID(binary.BigEndian.Uint64(body)), true
+		}
 	}
 	return nil
 }
@@ -260,6 +263,9 @@ func (x *recovering) finish() error {
 	db.at = db.base
 	chains := chainEntries(slices.Concat(x.grouped, files), x.logged)
 	x.keepLast(chains)
+	if err := db.removeCovered(files, chains); err != nil {
+		return err
+	}
 	damaged := db.replayChains(chains)
 	if db.at.TXID == 0 {
 		// Created, and no transaction survived: only the id and history are known.
@@ -275,6 +281,10 @@ func (x *recovering) finish() error {
 		db.base = db.at
 	}
 	db.applied = db.at
+	if damaged == nil {
+		// What was not there was not sent.
+		db.recs.mark = min(db.recs.mark, db.at.TXID)
+	}
 	db.exists = db.at.Commit > 0
 	db.size.Store(db.at.size())
 	db.lastTime = db.recs.lastTime(x.meta.Time)
@@ -308,7 +318,9 @@ func (x *recovering) takeMeta() {
 	if db.recs.acked.TXID < m.AckedTXID {
 		db.recs.acked = ltx.Pos{TXID: m.AckedTXID, PostApplyChecksum: m.AckedSum}
 	}
-	db.recs.mark = max(db.recs.mark, m.Sent)
+	if !x.marked {
+		db.recs.mark = m.Sent
+	}
 }
 
 // keepLast makes the last chain the history that is held. Files of others are of
@@ -329,6 +341,22 @@ func (x *recovering) keepLast(chains [][]entry) {
 			db.dirty = e.lsn
 		}
 	}
+}
+
+// removeCovered removes the files that a larger one, or the log, covers: what a
+// crash left in the middle of a compaction. At once, since their names may be
+// wanted again.
+func (db *DB) removeCovered(files []entry, chains [][]entry) error {
+	for _, e := range files {
+		same := func(x entry) bool { return x.path == e.path }
+		if slices.ContainsFunc(chains, func(list []entry) bool { return slices.ContainsFunc(list, same) }) {
+			continue
+		}
+		if err := db.st.fs.Remove(e.path); err != nil {
+			return fmt.Errorf("%s: remove %s: %w", db.name, e.path, err)
+		}
+	}
+	return nil
 }
 
 // replayChains brings the database as far as its records follow each other. An
@@ -405,8 +433,13 @@ func (db *DB) levelFiles(known []entry) ([]entry, error) {
 			if slices.ContainsFunc(known, func(e entry) bool { return e.path == name }) {
 				continue
 			}
-			e, err := db.readLevelFile(name)
-			if err != nil || !strings.HasSuffix(name, extLevel) {
+			var e entry
+			if strings.HasSuffix(name, extPages) {
+				e, _, err = db.readPages(name)
+			} else {
+				e, err = db.readLevelFile(name)
+			}
+			if err != nil || !strings.HasSuffix(name, extLevel) && !e.set {
 				if err := db.st.fs.Remove(name); err != nil {
 					return nil, err
 				}

@@ -203,14 +203,18 @@ func (st *Store) renameOver(f *file, fromDB bool, oldPath, newPath string, tf *f
 	return st.dropRenamed(src, newPath)
 }
 
-// dropRenamed drops a database whose content has gone to newPath. The kernel
-// thinks that its node has, and must ask again.
+// dropRenamed drops a database whose content has gone to newPath, for good: if
+// the drop fails both stay. The kernel thinks that its node has gone there, and must
+// ask again.
 func (st *Store) dropRenamed(src *DB, newPath string) error {
-	err := st.drop(src)
-	if err == nil {
-		st.later(func(p Peer) { p.InvalidateEntry(newPath) })
+	if err := st.drop(src); err != nil {
+		src.log.Warn("renamed, and could not be removed under its old name", "new", newPath, "err", err)
 	}
-	return err
+	st.later(func(p Peer) {
+		p.InvalidateEntry(newPath)
+		p.InvalidateEntry(src.name)
+	})
+	return nil
 }
 
 // content describes everything in the database, and holds its lock until unlock.
@@ -218,6 +222,10 @@ func (db *DB) content() (c change, unlock func(), err error) {
 	db.settle()
 	db.mu.Lock()
 	c.pageSize, c.commit = db.at.PageSize, db.at.Commit
+	if err := db.mayWrite(); err != nil {
+		db.mu.Unlock()
+		return c, nil, err // it could not be dropped afterwards
+	}
 	if db.journal != nil && db.journal.armed || db.wal != nil && len(db.wal.pages) > 0 {
 		db.mu.Unlock()
 		return c, nil, fmt.Errorf("%s: %w", db.name, ErrBusy)

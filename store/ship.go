@@ -23,6 +23,9 @@ var (
 	// ErrGap: the records after that position are not kept any more, or the
 	// position is not one of this history: a snapshot is needed.
 	ErrGap = errors.New("records after that position are gone")
+	// ErrPages: only which pages changed after that position is known; ask
+	// PagesShipment.
+	ErrPages = errors.New("only the set of changed pages is kept")
 )
 
 // A Shipment is a record to be sent: one transaction, or a compacted run.
@@ -59,9 +62,12 @@ func (db *DB) Next(after ltx.Pos, compactFrom int, limit int64) (*Shipment, erro
 	db.mu.Lock()
 	list, err := db.shippable(after)
 	n := 1
+	if err == nil && list[0].set {
+		err = ErrPages
+	}
 	if err == nil && compactFrom > 0 && len(list) >= compactFrom && list[0].group == 0 {
 		size := list[0].size
-		for n < len(list) && size+list[n].size <= limit && list[n].group == 0 {
+		for n < len(list) && size+list[n].size <= limit && list[n].group == 0 && !list[n].set {
 			size += list[n].size
 			n++
 		}
@@ -257,9 +263,24 @@ func (db *DB) markSent(txid ltx.TXID) error {
 	return nil
 }
 
+// LinkDown says that nothing is on its way to the hub any more: the sent marks
+// come back to what was really handed to a link, so that what follows can be
+// compacted. They become durable with the next base; after a crash before it a higher
+// one counts, which is on the safe side.
+func (st *Store) LinkDown() {
+	for _, db := range st.all() {
+		db.mu.Lock()
+		db.recs.mark = min(db.recs.mark, db.recs.boundary())
+		db.mu.Unlock()
+	}
+}
+
 // SetAcked notes what the hub confirmed to be durable there. It may go back.
 func (db *DB) SetAcked(pos ltx.Pos) error {
 	db.mu.Lock()
+	// It stood there in this life, whatever it says later.
+	db.recs.sent = max(db.recs.sent, min(pos.TXID, db.at.TXID))
+	db.recs.heard = db.recs.heard || !pos.IsZero()
 	if db.recs.acked == pos || db.id == 0 {
 		db.mu.Unlock()
 		return nil

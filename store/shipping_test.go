@@ -134,6 +134,7 @@ func (l *link) start(name string, x *shipping, db *DB) error {
 		return db.SetAcked(ltx.Pos{})
 	case db.Owed(hub.History, hub.Pos):
 		x.next = hub.Pos
+		l.handed[name] = []posOf{{hub.History, hub.Pos}} // what an older session had on its way is over
 		return l.setAcked(name, db, hub.Pos)
 	case hub.Pos.TXID < info.Acked.TXID, l.mayForget(name):
 		x.whole = true
@@ -173,6 +174,10 @@ func (l *link) next(name string) (*part, *Shipment, error) {
 		s, err = db.Next(x.next, compactFrom, int64(1000+c.rng.IntN(200_000)))
 		if errors.Is(err, ErrNothing) {
 			return nil, nil, nil
+		}
+		if errors.Is(err, ErrPages) {
+			s, err = db.PagesShipment(x.next)
+			c.count("shipped sets of pages")
 		}
 		if errors.Is(err, ErrGap) {
 			x.whole = true

@@ -37,6 +37,9 @@ type Store struct {
 	nodeHash uint64
 
 	ringTarget int
+	ahead      atomic.Int64  // bytes appended since the log was last looked at to the end
+	roomMu     sync.Mutex    // guards room
+	room       chan struct{} // closed when it was
 
 	nsMu   sync.RWMutex // guards the names; taken after DB.mu
 	files  map[string]*file
@@ -107,7 +110,7 @@ func Open(opt Options) (*Store, error) {
 		computed:    make(map[string]*computed),
 		resolveKick: make(chan struct{}, 1), flushKick: make(chan struct{}, 1),
 		flushArm: make(chan struct{}, 1), laterKick: make(chan struct{}, 1),
-		flushList: make(map[*DB]struct{}), done: make(chan struct{}),
+		room: make(chan struct{}), flushList: make(map[*DB]struct{}), done: make(chan struct{}),
 	}
 	h := fnv.New64a()
 	_, _ = io.WriteString(h, opt.Node)

@@ -69,6 +69,12 @@ func (db *DB) verifyRecords() (int, []error) {
 		if i > 0 && !e.full && (list[i-1].post != e.pre || list[i-1].max+1 != e.min) {
 			errs = append(errs, fmt.Errorf("%s: record %s-%s does not follow %s", db.name, e.min, e.max, list[i-1].max))
 		}
+		if e.set {
+			if _, _, err := db.readPages(e.path); err != nil && db.stillThere(e) {
+				errs = append(errs, fmt.Errorf("%s: %w", db.name, err))
+			}
+			continue
+		}
 		r, err := db.st.openRecord(e)
 		if err != nil {
 			if db.stillThere(e) {
