@@ -224,7 +224,7 @@ func (db *DB) replace(c change) error {
 		}
 		if err != nil {
 			l.Reset()
-			return errors.Join(noSpace(fmt.Errorf("%s: take over page %d: %w", db.name, sum.pgno, err)), db.abort(p, true))
+			return errors.Join(db.st.noSpace(fmt.Errorf("%s: take over page %d: %w", db.name, sum.pgno, err)), db.abort(p, true))
 		}
 	}
 	if err := db.st.wlog.Wait(p.lsn); err != nil {
@@ -265,7 +265,7 @@ func (st *Store) drop(db *DB) error {
 	}
 	p, err := db.encodeDrop()
 	if err != nil {
-		return noSpace(err)
+		return st.noSpace(err)
 	}
 	st.succeed(db, p)
 	return nil

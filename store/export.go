@@ -104,7 +104,7 @@ func (db *DB) copyInto(f disk.File) (*Image, error) {
 			}
 		}
 		if _, err := f.WriteAt(buf[:n*start.PageSize], int64(pgno-1)*int64(start.PageSize)); err != nil {
-			return nil, noSpace(err)
+			return nil, db.st.noSpace(err)
 		}
 	}
 	img := &Image{File: f, Pos: start.Pos, PageSize: start.PageSize, Commit: start.Commit}
@@ -182,7 +182,7 @@ func (db *DB) redoEntry(img *Image, sums *[]byte, e entry) error {
 			return err
 		}
 		if _, err := img.WriteAt(buf, int64(pgno-1)*int64(h.PageSize)); err != nil {
-			return noSpace(err)
+			return db.st.noSpace(err)
 		}
 		binary.BigEndian.PutUint64((*sums)[int64(pgno-1)*sumSize:], uint64(ltx.PageChecksumFromCRC(pgno, h.PageSize, dec.PageCRC())))
 	}

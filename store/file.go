@@ -373,7 +373,7 @@ func (f *file) writeOrdinary(p []byte, off int64) error {
 		return syscall.EBADF
 	}
 	if _, err := b.WriteAt(p, off); err != nil {
-		return err
+		return f.st.noSpace(err)
 	}
 	f.mu.Lock()
 	f.copied = true

@@ -80,6 +80,7 @@ func (st *Store) flushLoop() {
 		}
 		err := st.flushAll()
 		waiting.report(err)
+		st.waiting.Store(&err)
 		if err != nil && !st.flushArmed.Swap(true) {
 			timer.Reset(lazyApply)
 		}

@@ -107,7 +107,7 @@ func partsOf(members []*DB) ([]groupPart, error) {
 		c.large = min(db.st.opt.Large, db.st.wlog.MaxPayload()/int64(2*len(members)))
 		p, payload, sc, err := db.build(c)
 		if err != nil {
-			return nil, noSpace(err)
+			return nil, db.st.noSpace(err)
 		}
 		parts[i] = groupPart{db: db, p: p}
 		if p != nil {
@@ -161,7 +161,7 @@ func (st *Store) appendGroup(parts []groupPart) error {
 				part.db.fenceWith(err)
 			}
 		}
-		return noSpace(fmt.Errorf("append group record: %w", err))
+		return st.noSpace(fmt.Errorf("append group record: %w", err))
 	}
 	for _, part := range parts {
 		if part.p == nil {
@@ -297,7 +297,7 @@ func (db *DB) groupIncoming(in Incoming) (*pending, *layer, []byte, error) {
 	}
 	if err != nil {
 		l.Reset()
-		return nil, nil, nil, noSpace(err)
+		return nil, nil, nil, db.st.noSpace(err)
 	}
 	return p, l, payload, nil
 }

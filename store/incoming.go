@@ -243,7 +243,7 @@ func (db *DB) decodeIncoming(in Incoming, dec *ltx.Decoder, h ltx.Header) (*pend
 		total ^= sum
 		p.sums = append(p.sums, pageSum{pgno, sum})
 		if err := l.WriteAt(buf, int64(pgno-1)*int64(h.PageSize), nil); err != nil {
-			return fail(noSpace(err))
+			return fail(db.st.noSpace(err))
 		}
 	}
 	if next == lock {
@@ -275,11 +275,11 @@ func (db *DB) decodeIncoming(in Incoming, dec *ltx.Decoder, h ltx.Header) (*pend
 // own.
 func (db *DB) appendIncoming(in Incoming, p *pending, h ltx.Header) error {
 	if err := db.register(); err != nil {
-		return noSpace(err)
+		return db.st.noSpace(err)
 	}
 	payload, err := db.incomingPayload(in, p, h)
 	if err != nil {
-		return noSpace(err)
+		return db.st.noSpace(err)
 	}
 	header := db.header(commitlog.KindLTX, p.entry.flags())
 	if p.entry.path != "" {
@@ -287,7 +287,7 @@ func (db *DB) appendIncoming(in Incoming, p *pending, h ltx.Header) error {
 	}
 	lsn, ref, err := db.st.wlog.Append(header, commitlog.Staged, payload)
 	if err != nil {
-		return noSpace(fmt.Errorf("%s: append %s to the log: %w", db.name, p.after.Pos, err))
+		return db.st.noSpace(fmt.Errorf("%s: append %s to the log: %w", db.name, p.after.Pos, err))
 	}
 	p.lsn, p.entry.lsn, p.entry.ref = lsn, lsn, ref
 	db.last = lsn

@@ -168,6 +168,10 @@ func (db *DB) keepSingle(e *entry) error {
 		return nil
 	}
 	err := db.st.fs.Rename(e.path, name+extLevel)
+	if errors.Is(err, os.ErrNotExist) {
+		// A checkpoint that failed later came as far as this.
+		_, err = db.st.fs.Stat(name + extLevel)
+	}
 	if err == nil {
 		err = db.st.fs.SyncDir(path.Dir(name))
 	}

@@ -18,6 +18,29 @@ import (
 // Failed returns why nothing can be written any more, nil while all is well.
 func (st *Store) Failed() error { return st.wlog.Err() }
 
+// Problems returns what is wrong with the data folder at this moment, each with
+// what to do about it.
+func (st *Store) Problems() []error {
+	var list []error
+	if err := st.Failed(); err != nil {
+		list = append(list, fmt.Errorf("read-only: %w; mend the disk or its file system, then restart the agent", err))
+	}
+	if need := st.shortOf.Load(); need > 0 {
+		switch free, err := st.fs.Free(); {
+		case err != nil:
+			list = append(list, err)
+		case free < need:
+			list = append(list, fmt.Errorf("disk full: %d bytes are free in the data folder, the last write wanted %d; free some space there", free, need))
+		default:
+			st.shortOf.CompareAndSwap(need, 0)
+		}
+	}
+	if err := st.waiting.Load(); err != nil && *err != nil {
+		list = append(list, fmt.Errorf("committed pages wait in memory, the data folder refuses them: %w; see whether its disk is full, read-only or broken", *err))
+	}
+	return list
+}
+
 // FenceNode fences the database that a node at the mount belongs to, if any.
 func (st *Store) FenceNode(n Node, err error) {
 	f, _ := n.(*file)

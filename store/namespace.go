@@ -318,7 +318,7 @@ func (st *Store) createFile(p string, mode uint32) (Node, Handle, error) {
 		if errors.Is(err, os.ErrNotExist) {
 			err = ErrNotExist
 		}
-		return nil, nil, noSpace(fmt.Errorf("%s: %w", p, err))
+		return nil, nil, st.noSpace(fmt.Errorf("%s: %w", p, err))
 	}
 	st.nsMu.Lock()
 	f := st.files[p]
@@ -372,7 +372,7 @@ func (st *Store) mkdirs(p string, mode uint32) error {
 		if errors.Is(err, os.ErrNotExist) {
 			err = ErrNotExist
 		}
-		return noSpace(fmt.Errorf("%s: %w", p, err))
+		return st.noSpace(fmt.Errorf("%s: %w", p, err))
 	}
 	if c, ok := st.fs.(chmoder); ok {
 		_ = c.Chmod(name, os.FileMode(mode&0o777))

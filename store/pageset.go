@@ -262,7 +262,7 @@ func (db *DB) copyPages(f disk.File, after ltx.Pos) (entry, pageBits, error) {
 			}
 			if _, err = f.WriteAt(buf, int64(pgno-1)*int64(e.pageSize)); err != nil {
 				db.mu.Unlock()
-				return e, nil, noSpace(err)
+				return e, nil, db.st.noSpace(err)
 			}
 		}
 		db.mu.Unlock()

@@ -48,15 +48,21 @@ func (db *DB) writeTxn(h *dbHandle, p []byte, off int64) error {
 	if err := db.beginTxn(j); err != nil {
 		return err
 	}
-	if err := db.reserveTxn(j, int64(len(p)), off+int64(len(p))); err != nil {
-		return err
-	}
-	if err := db.supersede(); err != nil {
-		return err
-	}
 	txn := db.stack.Load().txn
-	if err := txn.WriteAt(p, off, db.underTxn(txn)); err != nil {
-		return noSpace(err)
+	err := db.reserveTxn(j, int64(len(p)), off+int64(len(p)))
+	if err == nil {
+		err = db.overwrite(txn, p, off)
+	}
+	if errors.Is(err, syscall.ENOSPC) && db.restores(p, off) {
+		// On a full disk SQLite must still be able to roll back: what it restores
+		// needs no room, neither in the log nor beside what the overlay holds.
+		err = nil
+		if txn.Touches(off, int64(len(p))) || off+int64(len(p)) > txn.under.Load() {
+			err = db.overwrite(txn, p, off)
+		}
+	}
+	if err != nil {
+		return err
 	}
 	db.size.Store(max(db.size.Load(), off+int64(len(p))))
 	j.writer, j.dirty = h, true
@@ -111,12 +117,26 @@ func (db *DB) reserveTxn(j *journalState, n, end int64) error {
 	}
 	if j.reserved < need {
 		step := (need - j.reserved + reserveStep - 1) / reserveStep * reserveStep
-		if err := db.st.wlog.Reserve(step); err != nil {
-			return noSpace(fmt.Errorf("%s: reserve %d bytes in the log: %w", db.name, step, err))
+		if err := db.st.reserveLog(step); err != nil {
+			return db.st.noSpace(fmt.Errorf("%s: reserve %d bytes in the log: %w", db.name, step, err))
 		}
 		j.reserved += step
 	}
 	return db.st.needFree(max(0, end-db.at.size()))
+}
+
+// overwrite puts p into the overlay.
+func (db *DB) overwrite(txn *layer, p []byte, off int64) error {
+	if err := db.supersede(); err != nil {
+		return err
+	}
+	return db.st.noSpace(txn.WriteAt(p, off, db.underTxn(txn)))
+}
+
+// restores reports whether p is what is committed at off.
+func (db *DB) restores(p []byte, off int64) bool {
+	committed := make([]byte, len(p))
+	return db.readCommitted(committed, off) == nil && string(committed) == string(p)
 }
 
 func (db *DB) unreserve(j *journalState) {
@@ -131,7 +151,9 @@ func (db *DB) truncateTxn(h *dbHandle, size int64) error {
 		return err
 	}
 	if err := db.reserveTxn(j, 0, size); err != nil {
-		return err
+		if !errors.Is(err, syscall.ENOSPC) || size != db.at.size() { // as in writeTxn
+			return err
+		}
 	}
 	if err := db.supersede(); err != nil {
 		return err
@@ -197,7 +219,7 @@ func (db *DB) prepare(h *dbHandle) error {
 	}
 	p, err := db.encode(c, 0, mode)
 	if err != nil {
-		return noSpace(err)
+		return db.st.noSpace(err)
 	}
 	db.pend, j.dirty = p, p == nil
 	return nil
@@ -413,8 +435,9 @@ func (db *DB) endOrdinary() error {
 }
 
 // noSpace makes a full disk look like one to SQLite, whatever wraps it.
-func noSpace(err error) error {
+func (st *Store) noSpace(err error) error {
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		st.shortOf.CompareAndSwap(0, spaceMargin)
 		return fmt.Errorf("%w (%w)", syscall.ENOSPC, err)
 	}
 	return err

@@ -150,7 +150,7 @@ func (s *sideFile) writeAt(p []byte, off int64) error {
 	db := s.live()
 	if db == nil || s.kind == KindShm || s.kind == KindSuperJournal {
 		s.touch(s.st)
-		return noSpace(s.data.WriteAt(p, off, nil))
+		return s.st.noSpace(s.data.WriteAt(p, off, nil))
 	}
 	db.mu.Lock()
 	defer db.mu.Unlock()
@@ -159,7 +159,7 @@ func (s *sideFile) writeAt(p []byte, off int64) error {
 	}
 	if s.kind == KindWAL {
 		if db.wal == nil || db.wal.node != s {
-			return noSpace(s.data.WriteAt(p, off, nil))
+			return s.st.noSpace(s.data.WriteAt(p, off, nil))
 		}
 		return db.writeWAL(db.wal, p, off)
 	}
@@ -171,7 +171,7 @@ func (s *sideFile) writeAt(p []byte, off int64) error {
 func (db *DB) writeJournal(s *sideFile, p []byte, off int64) error {
 	j := db.journal
 	if j == nil || j.node != s {
-		return noSpace(s.data.WriteAt(p, off, nil))
+		return s.st.noSpace(s.data.WriteAt(p, off, nil))
 	}
 	if j.armed && off == 0 && p[0] == 0 {
 		if err := db.endTransaction(); err != nil {
@@ -179,7 +179,7 @@ func (db *DB) writeJournal(s *sideFile, p []byte, off int64) error {
 		}
 	}
 	if err := s.data.WriteAt(p, off, nil); err != nil {
-		return noSpace(err)
+		return db.st.noSpace(err)
 	}
 	s.touch(s.st)
 	if off < int64(len(sqlitefile.JournalMagic)) && !j.armed {

@@ -73,3 +73,47 @@ func TestUnreadableWAL(t *testing.T) {
 	}
 	w.Kill()
 }
+
+// A checkpoint that fails behind the first of two side files is repeated: that
+// file has its new name by then.
+func TestCheckpointAgain(t *testing.T) {
+	d := simdisk.New(simdisk.Options{})
+	st, err := Open(Options{FS: d, Node: "n", SegmentSize: 64 << 10, Large: 8 << 10, Shipping: true, inline: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer st.Close()
+	w := pager.New(testFS{st}, rand.New(rand.NewPCG(1, 2)))
+	st.Attach(testPeer{w})
+	db := w.DB("a.db")
+	db.Sync = pager.Full
+	for n := range 2 {
+		ch := pager.Change{PageSize: 1024, Count: 20, Pages: map[int][]byte{}}
+		for pgno := 2; pgno <= ch.Count; pgno++ {
+			ch.Pages[pgno] = []byte(strings.Repeat(string(rune('a'+n)), 1024))
+		}
+		if err := db.Commit(ch); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.Kill()
+	renames := 0
+	d.SetHook(func(op simdisk.Op) error {
+		if op.Kind == simdisk.OpRename && strings.HasSuffix(op.Name, extSide) {
+			if renames++; renames == 2 {
+				return syscall.ENOSPC
+			}
+		}
+		return nil
+	})
+	below := st.wlog.Durable() + 1
+	if err := st.checkpoint(below); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("checkpoint on a full disk: got %v, want ENOSPC", err)
+	}
+	if err := st.checkpoint(below); err != nil {
+		t.Errorf("the checkpoint again: %v", err)
+	}
+	if _, _, err := st.DB("a.db").Verify(); err != nil {
+		t.Error(err)
+	}
+}

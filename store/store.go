@@ -81,9 +81,11 @@ type Store struct {
 
 	recent recent // records that a link is about to ask for
 
-	txN      atomic.Int64 // transactions confirmed since Open
-	freeLeft atomic.Int64 // bytes of the data folder that may be promised without asking again
-	freeAt   atomic.Int64 // when that was asked, unix nanoseconds
+	txN      atomic.Int64          // transactions confirmed since Open
+	freeLeft atomic.Int64          // bytes of the data folder that may be promised without asking again
+	freeAt   atomic.Int64          // when that was asked, unix nanoseconds
+	shortOf  atomic.Int64          // free bytes that the last refused write wanted; 0: none was refused
+	waiting  atomic.Pointer[error] // why committed pages cannot be written to their files
 
 	closeOnce sync.Once
 	closeErr  error
@@ -140,6 +142,11 @@ func Open(opt Options) (*Store, error) {
 	go st.resolveLoop()
 	go st.flushLoop()
 	go st.laterLoop()
+	// Each start begins a segment: a node that lives for seconds at a time must
+	// not wait until it has written one before it gives old ones up.
+	if len(st.wlog.Segments()) > st.ringTarget {
+		st.kickFlush()
+	}
 	return st, nil
 }
 
@@ -353,12 +360,14 @@ func (st *Store) waitAsked(lsn commitlog.LSN) error {
 	return st.wlog.Wait(lsn)
 }
 
+// spaceMargin is what is kept free in the data folder for what nobody reserved.
+const spaceMargin = 1 << 20
+
 // needFree fails with ENOSPC unless n bytes, and a margin for the log, are free.
 func (st *Store) needFree(n int64) error {
 	if n <= 0 {
 		return nil
 	}
-	const margin = 1 << 20
 	now := time.Now().UnixNano()
 	if st.freeLeft.Add(-n) > 0 && now-st.freeAt.Load() < int64(time.Second) {
 		return nil
@@ -368,11 +377,21 @@ func (st *Store) needFree(n int64) error {
 		return err
 	}
 	st.freeAt.Store(now)
-	st.freeLeft.Store((free - margin - n) / 2)
-	if free < n+margin {
-		return fmt.Errorf("%w: %d bytes free in the data folder, %d needed", syscall.ENOSPC, free, n+margin)
+	st.freeLeft.Store((free - spaceMargin - n) / 2)
+	if free < n+spaceMargin {
+		st.shortOf.Store(n + spaceMargin)
+		return fmt.Errorf("%w: %d bytes free in the data folder, %d needed", syscall.ENOSPC, free, n+spaceMargin)
 	}
 	return nil
+}
+
+// reserveLog reserves room for n bytes in the log.
+func (st *Store) reserveLog(n int64) error {
+	err := st.wlog.Reserve(n)
+	if errors.Is(err, syscall.ENOSPC) {
+		st.shortOf.Store(st.opt.SegmentSize + spaceMargin) // it wanted another segment
+	}
+	return err
 }
 
 // Stats are counters since Open.

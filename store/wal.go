@@ -81,7 +81,7 @@ func (db *DB) writeWAL(w *walState, p []byte, off int64) error {
 		return err
 	}
 	if err := w.data.WriteAt(p, off, nil); err != nil {
-		return noSpace(err)
+		return db.st.noSpace(err)
 	}
 	w.node.touch(db.st)
 	w.high = max(w.high, off+int64(len(p)))
@@ -112,8 +112,8 @@ func (db *DB) reserveWAL(w *walState, n int64) error {
 	}
 	if w.reserved < need {
 		step := (need - w.reserved + reserveStep - 1) / reserveStep * reserveStep
-		if err := db.st.wlog.Reserve(step); err != nil {
-			return noSpace(fmt.Errorf("%s: reserve %d bytes in the log: %w", db.name, step, err))
+		if err := db.st.reserveLog(step); err != nil {
+			return db.st.noSpace(fmt.Errorf("%s: reserve %d bytes in the log: %w", db.name, step, err))
 		}
 		w.reserved += step
 	}
@@ -244,7 +244,7 @@ func (db *DB) commitFrames(w *walState, end int64, commit uint32) error {
 		if zerr := w.data.WriteAt(zero, end-w.frameSize(), nil); zerr != nil {
 			db.fenceWith(fmt.Errorf("take a commit frame back: %w", zerr))
 		}
-		return noSpace(err)
+		return db.st.noSpace(err)
 	}
 	start := w.end
 	w.end, w.sum, w.synced = end, sum, false
@@ -414,7 +414,7 @@ func (db *DB) checkpointPage(w *walState, pgno uint32, p []byte, sum uint64) err
 		return nil
 	}
 	if err := db.putCommitted(p, int64(pgno-1)*int64(len(p))); err != nil {
-		return noSpace(err)
+		return db.st.noSpace(err)
 	}
 	if isNewest {
 		delete(w.pages, pgno)
@@ -492,7 +492,7 @@ func (db *DB) resetWAL(w *walState, sqlite bool) error {
 				return err
 			}
 			if err := db.putCommitted(buf, int64(pgno-1)*int64(len(buf))); err != nil {
-				return noSpace(err)
+				return db.st.noSpace(err)
 			}
 		}
 		db.st.later(func(p Peer) { p.InvalidateData(db.file, 0, -1) })
