@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -234,12 +235,13 @@ func (s serviceState) print(w io.Writer, problems []string, now time.Time) {
 	var mount control.StatusMount
 	var card control.StatusCard
 	var memory control.StatusMemory
+	var own []string // problems that the service names itself
 	if s.node != nil {
 		role, id, version, site = s.node.Role, s.node.ID, s.node.Version, s.node.Site
-		mount, card, memory = s.node.Mount, s.node.Card, s.node.Memory
+		mount, card, memory, own = s.node.Mount, s.node.Card, s.node.Memory, s.node.Problems
 	} else {
 		role, id, version, site = s.hub.Role, s.hub.ID, s.hub.Version, s.hub.Site
-		mount, card, memory = s.hub.Mount, s.hub.Card, s.hub.Memory
+		mount, card, memory, own = s.hub.Mount, s.hub.Card, s.hub.Memory, s.hub.Problems
 	}
 	health := "healthy"
 	if !s.healthy || len(problems) > 0 {
@@ -247,13 +249,8 @@ func (s serviceState) print(w io.Writer, problems []string, now time.Time) {
 	}
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(table, "%s\t%s, %s\n", role, id, health)
-	for _, problem := range problems {
-		fmt.Fprintf(table, "\t%s\n", problem)
-	}
-	if s.hub != nil {
-		for _, problem := range s.hub.Problems {
-			fmt.Fprintf(table, "problem\t%s\n", problem)
-		}
+	for _, problem := range slices.Concat(own, problems) {
+		fmt.Fprintf(table, "problem\t%s\n", problem)
 	}
 	fmt.Fprintf(table, "site\t%s\n", orDash(site))
 	if link := s.link(); link != nil {

@@ -22,9 +22,13 @@ func Run(ctx context.Context, cfg Config, opts Options) (err error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
+	backlog := int64(cfg.Sync.Budget)
+	if len(cfg.Hub.URL) == 0 {
+		backlog = 0 // a node that stands alone owes nobody anything
+	}
 	core, err := service.Open(service.Options{
 		DataDir: cfg.Node.Data, UnsafeData: opts.UnsafeData, ID: cfg.Node.ID, FallbackID: DefaultID,
-		Mount: cfg.Mount, Watcher: opts.Watcher, Socket: cfg.Status.Socket, Budget: int64(cfg.Sync.Budget), Log: log,
+		Mount: cfg.Mount, Watcher: opts.Watcher, Socket: cfg.Status.Socket, Budget: backlog, Log: log,
 	})
 	if err != nil {
 		return err
@@ -148,8 +152,9 @@ func (a *answers) Wait(ctx context.Context, db string, txid ltx.TXID, acked bool
 
 // Status implements control.Service.
 func (a *answers) Status(context.Context) any {
+	problems := a.Problems()
 	s := control.StatusNode{
-		Role: "node", ID: a.ID, Version: a.version, Healthy: a.Healthy(),
+		Role: "node", ID: a.ID, Version: a.version, Healthy: len(problems) == 0, Problems: problems,
 		Hub: a.link.Status(), Mount: a.MountStatus(), Databases: []control.StatusDatabase{},
 		Card: a.Card(), Memory: service.Memory(),
 	}

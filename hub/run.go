@@ -172,14 +172,15 @@ func (a *answers) Wait(ctx context.Context, db string, txid ltx.TXID, acked bool
 
 // Status implements control.Service.
 func (a *answers) Status(context.Context) any {
+	problems := a.Problems()
 	s := control.StatusHub{
-		Role: "hub", ID: a.ID, Site: &a.site, Version: a.version, Healthy: a.Healthy(),
+		Role: "hub", ID: a.ID, Site: &a.site, Version: a.version, Healthy: len(problems) == 0, Problems: append(problems, a.auth.problems()...),
 		Mount: a.MountStatus(), Databases: []control.StatusDatabase{}, Nodes: []control.StatusNodeAtHub{},
-		Card: a.Card(), Memory: service.Memory(), Problems: a.auth.problems(),
+		Card: a.Card(), Memory: service.Memory(),
 	}
 	ingest := a.ingest.Load()
 	if ingest == nil {
-		s.Healthy = false
+		s.Healthy, s.Problems = false, append(s.Problems, service.ErrStarting.Error())
 		return s
 	}
 	s.Nodes = ingest.status()

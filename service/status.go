@@ -56,29 +56,35 @@ func Memory() control.StatusMemory {
 	return control.StatusMemory{RSS: resident * int64(os.Getpagesize())}
 }
 
-// Healthy reports whether the service can do its work: mounted where it is to be,
-// log writable, no database fenced, backlog within its budget.
-func (c *Core) Healthy() bool {
-	switch *c.mountState.Load() {
+// Problems says why the service cannot do its work, and what to do about it:
+// mounted where it is to be, log writable, no database fenced, backlog within
+// its budget. It is healthy where there is nothing to say.
+func (c *Core) Problems() []string {
+	list := []string{}
+	switch state := *c.mountState.Load(); state {
 	case control.MountMounted, control.MountOff:
 	default:
-		return false
+		list = append(list, "mount "+c.opt.Mount.Dir+": "+state)
 	}
 	st := c.st.Load()
-	if st == nil || st.Failed() != nil {
-		return false
+	if st == nil {
+		return append(list, ErrStarting.Error())
+	}
+	for _, err := range st.Problems() {
+		list = append(list, err.Error())
 	}
 	var backlog int64
 	for _, db := range st.DBs() {
 		info := db.Info()
 		if info.Fenced != nil {
-			return false
+			list = append(list, info.Fenced.Error())
 		}
-		if c.opt.Budget > 0 {
-			backlog += info.Backlog.Bytes
-		}
+		backlog += info.Backlog.Bytes
 	}
-	return c.opt.Budget == 0 || backlog <= c.opt.Budget
+	if c.opt.Budget > 0 && backlog > c.opt.Budget {
+		list = append(list, fmt.Sprintf("the hub lacks %d bytes, above the budget of %d: see why it is out of reach, or raise sync.budget", backlog, c.opt.Budget))
+	}
+	return list
 }
 
 // Database describes a node-owned database of writer. A dropped one has no size.

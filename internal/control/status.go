@@ -13,6 +13,7 @@ type StatusNode struct {
 	Site      *string          `json:"site"` // null before the first contact with a hub
 	Version   string           `json:"version"`
 	Healthy   bool             `json:"healthy"`
+	Problems  []string         `json:"problems,omitempty"` // why it is not healthy, with the cure
 	Hub       StatusLink       `json:"hub"`
 	Mount     StatusMount      `json:"mount"`
 	Databases []StatusDatabase `json:"databases"`
@@ -22,20 +23,20 @@ type StatusNode struct {
 
 // StatusHub is the state of a hub.
 type StatusHub struct {
-	Role      string            `json:"role"` // "hub"
-	ID        string            `json:"id"`
-	Site      *string           `json:"site"`
-	Version   string            `json:"version"`
-	Healthy   bool              `json:"healthy"`
+	Role    string  `json:"role"` // "hub"
+	ID      string  `json:"id"`
+	Site    *string `json:"site"`
+	Version string  `json:"version"`
+	Healthy bool    `json:"healthy"`
+	// Problems are why it is not healthy, as of a node, and files of the
+	// configuration whose present content is not in force: the older one is. With
+	// those alone a hub is healthy.
+	Problems  []string          `json:"problems,omitempty"`
 	Mount     StatusMount       `json:"mount"`
 	Databases []StatusDatabase  `json:"databases"` // those the hub owns
 	Nodes     []StatusNodeAtHub `json:"nodes"`
 	Card      StatusCard        `json:"card"`
 	Memory    StatusMemory      `json:"memory"`
-	// Problems are files of the configuration whose present content is not in
-	// force: the older one is. A hub is healthy with them. Left out where there are
-	// none.
-	Problems []string `json:"problems,omitempty"`
 }
 
 // The states of a link.
