@@ -23,7 +23,7 @@ AS_ROOT     = $(if $(filter-out 0,$(shell id -u)),sudo)
 export CGO_ENABLED := 0
 export VERSION COMMIT
 
-.PHONY: help build install demo fresh test race test-arm check fmt vet lint imports cross bench bench-go fuzz man setup clean
+.PHONY: help build install demo fresh test soak race test-arm check fmt vet lint imports cross bench bench-go fuzz man setup clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,11 +47,52 @@ demo: setup build ## a hub and a node on loopback in a temporary folder, shown a
 fresh: ## make demo in a fresh Debian 12 tree that has only git, make, curl and Go
 	scripts/fresh.sh make demo
 
-test: setup build ## every test; fails on a skipped one too
+test: build ## every test; fails on a skipped one too
+	@scripts/setup.sh test
 	$(GO) run ./internal/tools/citest ./...
 
+# The random tests at length. Each part by itself: make soak SOAK=power.
+SOAK        ?= store log sparse hub kill power errors
+SOAK_STORE  ?= 100000
+SOAK_LOG    ?= 60000
+SOAK_SPARSE ?= 20000
+SOAK_HUB    ?= 300
+SOAK_KILL   ?= 12
+SOAK_POWER  ?= 60
+SOAK_ERRORS ?= 20
+GOTEST_SOAK  = $(GO) test -count=1 -timeout 2h -v
+
+soak: build $(addprefix soak-,$(SOAK)) ## the random tests at length, about an hour (SOAK="store log sparse hub kill power errors")
+	@echo "soak: $(SOAK) passed"
+
+.PHONY: soak-store soak-log soak-sparse soak-hub soak-kill soak-power soak-errors
+
+soak-store: # points at which the engine on a simulated disk is cut
+	$(GOTEST_SOAK) -run '^TestCrashSoak$$' ./store -store.points $(SOAK_STORE)
+
+soak-log: # seeds of the log's crash test
+	$(GOTEST_SOAK) -run '^TestCrash$$' ./internal/commitlog -crash.n $(SOAK_LOG)
+
+soak-sparse: # stories of the spilled memory
+	$(GOTEST_SOAK) -run '^TestModel$$' ./internal/sparse -sparse.n $(SOAK_SPARSE)
+
+soak-hub: # rounds of a link that fails in every way
+	$(GOTEST_SOAK) -run '^TestShipThroughFaults$$' ./hub -hub.rounds $(SOAK_HUB) -hub.seed $$(date +%s)
+
+soak-kill: # times the kill -9 of programs (25 rounds a mode) and agent (12), and random SQL
+	@scripts/setup.sh test
+	$(GOTEST_SOAK) -run '^(TestKill.*|TestStopUnderLoad|TestRandomSQL)$$' ./e2e -soak $(SOAK_KILL)
+
+soak-power: # times two power cuts with durability app and commit, two on each file system
+	@scripts/setup.sh test
+	$(GOTEST_SOAK) -run '^(TestPowerLoss|TestFileSystems)$$' ./e2e -soak $(SOAK_POWER)
+
+soak-errors: # times each way in which a disk fails
+	@scripts/setup.sh test
+	$(GOTEST_SOAK) -run '^TestDiskErrors$$' ./e2e -soak $(SOAK_ERRORS)
+
 race: ## every test under the race detector (amd64 and arm64)
-	@scripts/setup.sh race
+	@scripts/setup.sh test race
 	CGO_ENABLED=1 $(GO) run ./internal/tools/citest -race ./...
 
 # Packages that need no mount run as 32-bit ARM code under emulation.

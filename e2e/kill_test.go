@@ -42,6 +42,15 @@ const numbererSchema = "CREATE TABLE t(writer,n,v); CREATE INDEX i ON t(writer,n
 // startNumberer starts at row first; setup is SQL before.
 func startNumberer(env *testrig.Env, path, setup string, writer, first int, seed uint64) *numberer {
 	env.Helper()
+	r := rand.New(rand.NewPCG(seed, uint64(writer)))
+	return startStream(env, path, setup, writer, first, func(n int) string {
+		return fmt.Sprintf(commits[r.IntN(len(commits))], writer, n)
+	})
+}
+
+// startStream is startNumberer for a program whose n-th commit is commit(n).
+func startStream(env *testrig.Env, path, setup string, writer, first int, commit func(n int) string) *numberer {
+	env.Helper()
 	cmd := env.Command("sqlite3", "-batch", "-bail", path)
 	in, err := cmd.StdinPipe()
 	if err != nil {
@@ -57,10 +66,9 @@ func startNumberer(env *testrig.Env, path, setup string, writer, first int, seed
 	w := &numberer{cmd: cmd, writer: writer, first: first, acked: first - 1, done: make(chan struct{})}
 	var pumps sync.WaitGroup
 	pumps.Go(func() {
-		r := rand.New(rand.NewPCG(seed, uint64(writer)))
 		_, err := io.WriteString(in, ".timeout 20000\n"+setup+"\n")
 		for n := first; err == nil; n++ {
-			_, err = fmt.Fprintf(in, commits[r.IntN(len(commits))]+"\n.print %[2]d\n", writer, n)
+			_, err = fmt.Fprintf(in, "%s\n.print %d\n", commit(n), n)
 		}
 	})
 	pumps.Go(func() {

@@ -1,5 +1,5 @@
 // Package e2e tests the built program from outside: real mounts, real sqlite3
-// processes, real kills. Run it as root; -soak N makes the random tests N times
+// processes, real kills, file systems whose disk fails. Run it as root; -soak N makes the random tests N times
 // as long, -seed S repeats one of them.
 package e2e
 
@@ -21,7 +21,7 @@ var (
 
 func TestMain(m *testing.M) {
 	flag.Parse()
-	testrig.Main(m, map[string]testrig.Helper{"posix": runPosix})
+	testrig.Main(m, map[string]testrig.Helper{"posix": runPosix, deviceRole: serveDevice})
 }
 
 // random returns the source of a random test, and says on failure how to repeat

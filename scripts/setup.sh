@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests and the demo need and this Debian lacks. Says nothing
-# and needs no rights when nothing is missing. Usage: setup.sh [race] [arm] [bench]
+# and needs no rights when nothing is missing. Usage: setup.sh [test] [race] [arm] [bench]
+#   test  tools for the file systems that the data folder is tested on
 #   race  a C compiler, for the race detector      arm  qemu-arm, to run ARM code
 #   bench  a C compiler, strace, tools for loop devices
 set -euo pipefail
@@ -25,6 +26,10 @@ need fusermount3 fuse3
 need git git
 for group in "$@"; do
 	case $group in
+	test)
+		need mkfs.ext4 e2fsprogs; need losetup mount; need mkfs.xfs xfsprogs; need mkfs.btrfs btrfs-progs
+		need mkfs.f2fs f2fs-tools; need mkfs.vfat dosfstools
+		;;
 	race) need gcc gcc; [ -e /usr/include/stdlib.h ] || packages+=(libc6-dev) ;;
 	arm) need qemu-arm qemu-user ;;
 	bench)

@@ -42,6 +42,7 @@ type Options struct {
 	User   bool   // runs as the ordinary user
 	Mount  bool   // hub: with a mount; a node always has one
 	Method string // of mounting
+	Data   string // the data folder; default one of the rig's
 }
 
 // Node starts a node and returns when it is mounted.
@@ -78,6 +79,9 @@ func (env *Env) service(verb string, opts Options) *Service {
 		ID: opts.ID, Dir: dir, Data: filepath.Join(dir, "data"),
 		env: env, verb: verb, config: filepath.Join(dir, "config.toml"), socket: filepath.Join(dir, "sock"),
 		logFile: filepath.Join(dir, "log"), user: opts.User,
+	}
+	if opts.Data != "" {
+		s.Data = opts.Data
 	}
 	section := "node"
 	if verb == "hub" {
