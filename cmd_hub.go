@@ -35,7 +35,7 @@ func runHub(ctx context.Context, cfg hub.Config, opts hub.Options) error {
 }
 
 // addHub adds what only a hub needs; a build with tag nohub leaves it out.
-func addHub(a *app, root *cobra.Command) { root.AddCommand(newHub(a), newDemo(a)) }
+func addHub(a *app, root *cobra.Command) { root.AddCommand(newHub(a), newNode(a), newDemo(a)) }
 
 func newHub(a *app) *cobra.Command {
 	var file, site string

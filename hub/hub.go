@@ -129,7 +129,7 @@ func (h *Ingest) Accept(ctx context.Context, peer transport.Peer, hello *transpo
 	if err := h.end(ctx, hello.Node); err != nil {
 		return nil, err
 	}
-	number, err := h.nodes.welcome(hello, h.log)
+	number, err := h.nodes.welcome(hello, peer.Addr, h.log)
 	if err != nil {
 		if _, refused := errors.AsType[*transport.ByeError](err); !refused {
 			h.log.Error("session not opened", "peer", hello.Node, "err", err)
@@ -231,7 +231,8 @@ func (h *Ingest) Serve(ctx context.Context, c transport.Conn, hello *transport.H
 	h.mu.Lock()
 	delete(h.sessions, hello.Node)
 	h.mu.Unlock()
-	h.nodes.seen(hello.Node, time.Now().Add(-c.Stats().LastHeard))
+	stats := c.Stats()
+	h.nodes.seen(hello.Node, time.Now().Add(-stats.LastHeard), stats.RecvBytes > 0)
 	close(s.done)
 	if cause, ok := errors.AsType[*transport.ByeError](context.Cause(ctx)); ok {
 		err = cause

@@ -30,13 +30,26 @@ type registry struct {
 // A node is the JSON of its file. What is not in it is known since the start.
 type node struct {
 	Session  uint64    `json:"session"`  // the number issued last
-	Before   uint64    `json:"before"`   // the one before, good until the node is heard: a Welcome may be lost
+	Before   uint64    `json:"before"`   // the one before, good until the node is heard: a Welcome may be lost; else 0
 	Hardware uint64    `json:"hardware"` // hash of the board's serial number
 	Version  string    `json:"version"`
 	Seen     time.Time `json:"seen"`
+	Clones   []clone   `json:"clones,omitempty"` // refused, oldest first, each hardware once
 
 	connected bool
 }
+
+// A clone presented an old session number on other hardware.
+type clone struct {
+	Hardware uint64    `json:"hardware"`
+	Session  uint64    `json:"session"`
+	Addr     string    `json:"addr"`
+	At       time.Time `json:"at"`
+	Accepted bool      `json:"accepted,omitempty"` // by an operator: its next hello is taken
+}
+
+// maxClones bounds what is remembered of one node's clones.
+const maxClones = 8
 
 const sessionsDir = "sessions"
 
@@ -70,7 +83,7 @@ func openRegistry(fsys disk.FS) (*registry, error) {
 // welcome checks the number and hardware that a node presents, and issues the
 // next number. A stale number from other hardware is a clone's; from the same, a
 // restored card's; the right number from other hardware is a moved card's.
-func (r *registry) welcome(hello *transport.Hello, log *slog.Logger) (uint64, error) {
+func (r *registry) welcome(hello *transport.Hello, addr string, log *slog.Logger) (uint64, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	n := r.nodes[hello.Node]
@@ -79,25 +92,94 @@ func (r *registry) welcome(hello *transport.Hello, log *slog.Logger) (uint64, er
 	}
 	current := n.Session == 0 || hello.Session == n.Session || hello.Session == n.Before && n.Before != 0 || hello.Session > n.Session
 	other := n.Session != 0 && n.Hardware != hello.Hardware
+	at := slices.IndexFunc(n.Clones, func(c clone) bool { return c.Hardware == hello.Hardware })
+	clones := slices.Clone(n.Clones)
 	switch {
+	case !current && other && (at < 0 || !n.Clones[at].Accepted):
+		return 0, r.refuseClone(hello, n, addr, log)
 	case !current && other:
-		log.Error("a node with an old session number on other hardware is refused: a clone of another card?", "peer", hello.Node)
-		return 0, transport.Refuse(transport.CodeClone,
-			"this card was cloned or replaced: node %s has gone on elsewhere; give this one another [node] id and an empty data folder", hello.Node)
+		log.Warn("a clone goes on as the node, as an operator has decided; what was the node is now the clone",
+			"peer", hello.Node, "addr", addr)
 	case other:
-		log.Warn("node is on other hardware than before: a moved card", "peer", hello.Node)
+		log.Warn("node is on other hardware than before: a moved card", "peer", hello.Node, "addr", addr)
 	case !current:
-		log.Warn("node has an old session number: a restored or new card", "peer", hello.Node)
+		log.Warn("node has an old session number: a restored or new card", "peer", hello.Node, "addr", addr)
+	}
+	if at >= 0 {
+		clones = slices.Delete(clones, at, at+1)
 	}
 	next := node{
 		Session: max(n.Session, hello.Session) + 1, Before: hello.Session, Hardware: hello.Hardware,
-		Version: hello.AgentVersion, Seen: time.Now().UTC(),
+		Version: hello.AgentVersion, Seen: time.Now().UTC(), Clones: clones,
 	}
 	if err := r.write(hello.Node, next); err != nil {
 		return 0, err
 	}
 	r.nodes[hello.Node] = &next
 	return next.Session, nil
+}
+
+// refuseClone keeps what is known of a clone and returns its refusal. r.mu is
+// held.
+func (r *registry) refuseClone(hello *transport.Hello, n *node, addr string, log *slog.Logger) error {
+	log.Error("a node with an old session number on other hardware is refused: a clone or a replacement; 'litefs-agent node list' shows it",
+		"peer", hello.Node, "addr", addr)
+	next := *n
+	next.Clones = slices.DeleteFunc(slices.Clone(n.Clones), func(c clone) bool { return c.Hardware == hello.Hardware })
+	next.Clones = append(next.Clones, clone{Hardware: hello.Hardware, Session: hello.Session, Addr: addr, At: time.Now().UTC()})
+	next.Clones = next.Clones[max(0, len(next.Clones)-maxClones):]
+	if err := r.write(hello.Node, next); err != nil {
+		return err
+	}
+	r.nodes[hello.Node] = &next
+	if hello.Session == 0 {
+		return transport.Refuse(transport.CodeClone,
+			"node %s is known on other hardware: if this board replaces it, run 'litefs-agent node accept %s' at the hub; else give this one another [node] id",
+			hello.Node, hello.Node)
+	}
+	return transport.Refuse(transport.CodeClone,
+		"this card is a clone, node %s has gone on elsewhere: give this one another [node] id and an empty data folder, or, if it is to go on as %s, run 'litefs-agent node accept %s' at the hub",
+		hello.Node, hello.Node, hello.Node)
+}
+
+// accept lets a refused clone go on as the node: the one with that hardware, or
+// with nil the only one.
+func (r *registry) accept(id string, hardware *uint64) (node, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	n := r.nodes[id]
+	if n == nil || len(n.Clones) == 0 {
+		return node{}, fmt.Errorf("%s: no clone of it was refused: let the board that is to go on dial the hub first", id)
+	}
+	if hardware == nil && len(n.Clones) > 1 {
+		return node{}, fmt.Errorf("%s: %d clones were refused: name one of them with --hardware, as 'litefs-agent node list' shows them", id, len(n.Clones))
+	}
+	next := *n
+	next.Clones = slices.Clone(n.Clones)
+	found := false
+	for i := range next.Clones {
+		c := &next.Clones[i]
+		c.Accepted = hardware == nil || c.Hardware == *hardware // one at a time
+		found = found || c.Accepted
+	}
+	if !found {
+		return node{}, fmt.Errorf("%s: no clone on hardware %016x was refused", id, *hardware)
+	}
+	if err := r.write(id, next); err != nil {
+		return node{}, err
+	}
+	r.nodes[id] = &next
+	return next, nil
+}
+
+// heard notes that the node has its new number: the one before is a clone's from
+// now on.
+func (r *registry) heard(id string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if n := r.nodes[id]; n != nil {
+		n.Before = 0 // written at the latest when the session ends
+	}
 }
 
 func (r *registry) write(id string, n node) error {
@@ -120,13 +202,17 @@ func (r *registry) connected(hello *transport.Hello) {
 	}
 }
 
-// seen notes when the node was last heard, at the end of its session.
-func (r *registry) seen(id string, at time.Time) {
+// seen notes when the node was last heard, at the end of its session, and whether
+// it was.
+func (r *registry) seen(id string, at time.Time, heard bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if n := r.nodes[id]; n != nil {
+		if heard {
+			n.Before = 0
+		}
 		n.connected, n.Seen = false, at.UTC()
-		_ = r.write(id, *n) // for status only
+		_ = r.write(id, *n) // the next welcome writes it anyway
 	}
 }
 

@@ -104,10 +104,13 @@ func (s *session) run(ctx context.Context) error {
 }
 
 func (s *session) receive(ctx context.Context) error {
-	for {
+	for first := true; ; first = false {
 		m, err := s.c.Recv(ctx)
 		if err != nil {
 			return err
+		}
+		if first {
+			s.h.nodes.heard(s.node)
 		}
 		switch m := m.(type) {
 		case *transport.Push:

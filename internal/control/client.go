@@ -34,6 +34,29 @@ func NewClient(path string) *Client {
 	return &Client{socket: path, http: &http.Client{Transport: &http.Transport{DialContext: dial, DisableCompression: true}}}
 }
 
+// Nodes returns what a hub knows of its nodes.
+func (c *Client) Nodes(ctx context.Context) (list []NodeInfo, err error) {
+	return list, c.ask(ctx, http.MethodGet, "/nodes", nil, &list)
+}
+
+// AcceptNode lets a refused clone go on as node id: that on hardware, or with ""
+// the only one.
+func (c *Client) AcceptNode(ctx context.Context, id, hardware string) (info NodeInfo, err error) {
+	return info, c.ask(ctx, http.MethodPost, "/nodes/accept", url.Values{"node": {id}, "hardware": {hardware}}, &info)
+}
+
+func (c *Client) ask(ctx context.Context, method, path string, query url.Values, into any) error {
+	resp, err := c.do(ctx, method, path, query)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if err := json.NewDecoder(resp.Body).Decode(into); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	return nil
+}
+
 // Status returns the JSON of GET /status.
 func (c *Client) Status(ctx context.Context) (json.RawMessage, error) {
 	resp, err := c.do(ctx, http.MethodGet, "/status", nil)

@@ -6,6 +6,8 @@
 //	GET  /export?db=                      the SQLite file
 //	POST /verify?db=                      JSON lines, each a Check; without db: all
 //	GET  /ltx?db=                         a tar of MIN-MAX.ltx files
+//	GET  /nodes                           at a hub: a JSON list of NodeInfo
+//	POST /nodes/accept?node=&hardware=    at a hub: the NodeInfo of the accepted one
 //
 // txid is 16 hex digits (without: the position when the request arrives), timeout
 // a Go duration (without: none). Refusals are a status code and {"error":"..."}.
@@ -46,6 +48,15 @@ type Service interface {
 	// create with its name (MIN-MAX.ltx) and size, then writes exactly so many
 	// bytes. Errors: ErrNoDatabase.
 	ExportLTX(ctx context.Context, db string, create CreateFunc) error
+}
+
+// A NodeKeeper is a Service that knows nodes: a hub's.
+type NodeKeeper interface {
+	// Nodes returns all nodes by id.
+	Nodes(ctx context.Context) ([]NodeInfo, error)
+	// AcceptNode lets a refused clone go on as the node id: that on hardware, 16 hex
+	// digits, or with "" the only one.
+	AcceptNode(ctx context.Context, id, hardware string) (NodeInfo, error)
 }
 
 // A CreateFunc begins the next file of size bytes. The writer is good until the

@@ -151,6 +151,12 @@ func (s *Server) handler() http.Handler {
 	mux.HandleFunc("GET /export", s.export)
 	mux.HandleFunc("POST /verify", s.verify)
 	mux.HandleFunc("GET /ltx", s.exportLTX)
+	mux.HandleFunc("GET /nodes", s.nodes(func(ctx context.Context, keeper NodeKeeper, _ url.Values) (any, error) {
+		return keeper.Nodes(ctx)
+	}))
+	mux.HandleFunc("POST /nodes/accept", s.nodes(func(ctx context.Context, keeper NodeKeeper, query url.Values) (any, error) {
+		return keeper.AcceptNode(ctx, query.Get("node"), query.Get("hardware"))
+	}))
 	return mux
 }
 
@@ -158,6 +164,26 @@ func (s *Server) status(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
 	if err := json.NewEncoder(w).Encode(s.service.Status(r.Context())); err != nil {
 		s.log.Debug("status not sent", "err", err)
+	}
+}
+
+// nodes answers what only a hub can.
+func (s *Server) nodes(answer func(context.Context, NodeKeeper, url.Values) (any, error)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		keeper, ok := s.service.(NodeKeeper)
+		if !ok {
+			refuse(w, http.StatusBadRequest, errors.New("this service is a node: ask the hub, with --socket "+HubSocket))
+			return
+		}
+		out, err := answer(r.Context(), keeper, r.URL.Query())
+		if err != nil {
+			refuse(w, statusOf(err), err)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		if err := json.NewEncoder(w).Encode(out); err != nil {
+			s.log.Debug("answer not sent", "err", err)
+		}
 	}
 }
 

@@ -131,3 +131,26 @@ type StatusCard struct {
 type StatusMemory struct {
 	RSS int64 `json:"rss"`
 }
+
+// NodeInfo is what a hub knows of a node's identity: node list prints it.
+type NodeInfo struct {
+	ID       string      `json:"id"`
+	State    string      `json:"state"` // as in StatusNodeAtHub
+	Session  *uint64     `json:"session"`
+	Hardware *string     `json:"hardware"` // 16 hex digits of a hash
+	Version  *string     `json:"version"`
+	LastSeen *time.Time  `json:"last_seen"`
+	Addr     *string     `json:"addr"`    // while connected
+	Carrier  *string     `json:"carrier"` // likewise
+	Clones   []CloneInfo `json:"clones"`
+}
+
+// CloneInfo is a card that was refused: it has the node's id and an old session
+// number, on other hardware.
+type CloneInfo struct {
+	Hardware string    `json:"hardware"`
+	Session  uint64    `json:"session"`
+	Addr     string    `json:"addr"`
+	Time     time.Time `json:"time"`     // when it was refused last
+	Accepted bool      `json:"accepted"` // by an operator; not heard since
+}

@@ -20,6 +20,7 @@ type Service struct {
 	Dir   string // of everything below
 	Mount string // empty for a hub without
 	Data  string
+	Args  []string // further arguments of the program, for the next Start
 
 	env     *Env
 	verb    string // mount, hub
@@ -139,7 +140,7 @@ func (s *Service) Start() {
 	if err != nil {
 		s.env.Fatal(err)
 	}
-	cmd := s.env.Command(s.env.Program, s.verb, "--config", s.config)
+	cmd := s.env.Command(s.env.Program, append([]string{s.verb, "--config", s.config}, s.Args...)...)
 	if s.user {
 		AsUser(cmd)
 	}
