@@ -116,6 +116,10 @@ func (fakeService) Wait(ctx context.Context, _ string, txid ltx.TXID, _ bool) er
 	return ctx.Err()
 }
 
+func (fakeService) Events(_ context.Context, db string, report func(control.Event) error) error {
+	return report(control.Event{Event: control.EventCommit, DB: &db})
+}
+
 func (fakeService) Export(_ context.Context, db string, w io.Writer) error {
 	if _, err := fmt.Fprint(w, "content of "+db); err != nil {
 		return err

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/litefs-agent/litefs-agent/internal/config"
 	"github.com/litefs-agent/litefs-agent/internal/control"
 	"github.com/litefs-agent/litefs-agent/internal/disk"
 	"github.com/litefs-agent/litefs-agent/store"
@@ -38,7 +39,8 @@ type LinkOptions struct {
 	// MinBackoff and MaxBackoff bound the pause between attempts; default 1 s and
 	// 5 min.
 	MinBackoff, MaxBackoff time.Duration
-	Log                    *slog.Logger // nil discards
+	Emit                   func(control.Event) // told when the link's state changes; must not block; nil: nobody
+	Log                    *slog.Logger        // nil discards
 }
 
 // A Link ships the databases of an engine to the hub: it dials, and dials again,
@@ -221,8 +223,21 @@ func (l *Link) down(err error, retryAt time.Time, welcomed bool) {
 	defer l.mu.Unlock()
 	if welcomed || l.err == nil || errors.Is(err, transport.ErrRefused) != errors.Is(l.err, transport.ErrRefused) {
 		l.log.Warn("no link to the hub; trying again", "peer", l.url, "err", err)
+		l.emitLocked(control.LinkConnecting, err)
 	}
 	l.state, l.err, l.retryAt = control.LinkConnecting, err, retryAt
+}
+
+// emitLocked tells of a new state.
+func (l *Link) emitLocked(state string, err error) {
+	if l.opt.Emit == nil {
+		return
+	}
+	e := control.Event{Time: time.Now().UTC(), Event: control.EventLink, URL: config.Redact([]string{l.url})[0], State: state}
+	if err != nil {
+		e.Error = err.Error()
+	}
+	l.opt.Emit(e)
 }
 
 // once dials e, follows one referral, and serves the session.
@@ -247,6 +262,7 @@ func (l *Link) once(ctx context.Context, e Endpoint, serve func(context.Context,
 	}
 	l.mu.Lock()
 	l.conn, l.state, l.err, l.retryAt = c, control.LinkConnected, nil, time.Time{}
+	l.emitLocked(control.LinkConnected, nil)
 	l.mu.Unlock()
 	l.log.Info("connected to the hub", "peer", e.URL, "hub", w.Hub)
 	defer func() {

@@ -93,7 +93,7 @@ func newLink(cfg Config, opts Options, core *service.Core, log *slog.Logger) (*L
 	}
 	return NewLink(LinkOptions{
 		Endpoints: list, ID: core.ID, Hardware: hardware, Version: opts.Version,
-		FS: core.Data.FS, Rate: int64(cfg.Sync.Rate), Log: log,
+		FS: core.Data.FS, Rate: int64(cfg.Sync.Rate), Emit: core.Emit, Log: log,
 	})
 }
 

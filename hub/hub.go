@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/litefs-agent/litefs-agent/internal/config"
+	"github.com/litefs-agent/litefs-agent/internal/control"
 	"github.com/litefs-agent/litefs-agent/internal/disk"
 	"github.com/litefs-agent/litefs-agent/ltx"
 	"github.com/litefs-agent/litefs-agent/store"
@@ -33,7 +34,14 @@ type IngestOptions struct {
 	// operator to decide; else it becomes current and the other one is kept.
 	Hold bool
 	Auth *Auth        // nil: everybody is who it says it is
+	Told Listener     // of acks, and of nodes that come and go; nil: nobody
 	Log  *slog.Logger // nil discards
+}
+
+// A Listener is told what happens. Its methods must not block.
+type Listener interface {
+	Emit(e control.Event)
+	EmitDatabase(e store.Event)
 }
 
 // An Ingest takes the records of nodes. It is the hub's side of the link.
@@ -227,6 +235,7 @@ func (h *Ingest) Serve(ctx context.Context, c transport.Conn, hello *transport.H
 	}
 	h.nodes.connected(hello)
 	h.log.Info("node connected", "peer", hello.Node, "version", hello.AgentVersion)
+	h.emitLink(hello.Node, control.NodeConnected, nil)
 	err := s.run(ctx)
 	h.mu.Lock()
 	delete(h.sessions, hello.Node)
@@ -238,10 +247,29 @@ func (h *Ingest) Serve(ctx context.Context, c transport.Conn, hello *transport.H
 		err = cause
 	}
 	h.log.Info("node disconnected", "peer", hello.Node, "err", err)
+	h.emitLink(hello.Node, control.NodeLost, err)
 	if errors.Is(err, context.Canceled) {
 		err = nil
 	}
 	return err
+}
+
+func (h *Ingest) emitLink(node, state string, err error) {
+	if h.opt.Told == nil {
+		return
+	}
+	e := control.Event{Time: time.Now().UTC(), Event: control.EventLink, Node: node, State: state}
+	if err != nil {
+		e.Error = err.Error()
+	}
+	h.opt.Told.Emit(e)
+}
+
+// emitAck tells that everything of a database up to a place is durable here.
+func (h *Ingest) emitAck(name string, at store.Place) {
+	if h.opt.Told != nil {
+		h.opt.Told.EmitDatabase(store.Event{Kind: store.EventAck, Name: name, History: at.History, Epoch: at.Epoch, Pos: at.Pos})
+	}
 }
 
 // apply takes one record of a node.

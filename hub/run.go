@@ -74,7 +74,7 @@ func Run(ctx context.Context, cfg Config, opts Options) (err error) {
 		return err
 	}
 	ingest, err := NewIngest(IngestOptions{
-		ID: core.ID, Site: site, Store: st, FS: core.Data.FS, Hold: cfg.Hub.Divergence == "hold", Auth: auth, Log: log,
+		ID: core.ID, Site: site, Store: st, FS: core.Data.FS, Hold: cfg.Hub.Divergence == "hold", Auth: auth, Told: core, Log: log,
 	})
 	if err != nil {
 		return err

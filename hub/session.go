@@ -324,6 +324,7 @@ func (s *session) applyAll(ctx context.Context, name string, list []*record) {
 		s.cancel(transport.Refuse(transport.CodeInternal, "the hub's disk fails"))
 		return
 	}
+	s.h.emitAck(db.Name(), info)
 	_ = s.c.Send(ctx, &transport.Ack{ // an error is the session's end
 		Name: name, History: transport.History(info.History), Epoch: transport.Epoch(info.Epoch),
 		Pos: info.Pos, Level: transport.AckDurable,

@@ -43,6 +43,7 @@ type Core struct {
 	opt     Options
 	log     *slog.Logger
 	changes changes
+	events  events
 
 	st         atomic.Pointer[store.Store]
 	srv        *fuse.Server // owned by who calls Mount and Close
@@ -131,6 +132,7 @@ func (c *Core) Recover(opt store.Options) (*store.Store, error) {
 		return nil, fmt.Errorf("recover the data folder %s: %w", c.opt.DataDir, err)
 	}
 	st.Watch(func(*store.DB) { c.changes.happened() })
+	st.OnEvent(c.EmitDatabase)
 	c.st.Store(st)
 	return st, nil
 }

@@ -398,6 +398,9 @@ func (db *DB) keepBranch(history uint64) error {
 	_, err := db.st.writeDurable(path.Join(dir, ltx.FormatFilename(1, db.at.TXID)), func(w io.Writer) error {
 		return db.encodeSnapshot(w, db.at)
 	})
+	if err == nil {
+		db.tell(EventBranch, db.at.Pos, time.Time{})
+	}
 	return err
 }
 

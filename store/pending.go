@@ -301,6 +301,7 @@ func (db *DB) confirm(p *pending) {
 		db.resolved = make(chan struct{})
 	}
 	db.st.logGrew(p.entry.size)
+	db.tell(EventCommit, db.at.Pos, p.time)
 	db.st.committed(db)
 }
 

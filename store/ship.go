@@ -300,6 +300,9 @@ func (db *DB) SetAcked(pos ltx.Pos) error {
 			db.markDirty(lsn)
 		}
 	}
+	if !pos.IsZero() {
+		db.tell(EventAck, pos, time.Time{})
+	}
 	db.mu.Unlock()
 	db.st.notify(db)
 	return err

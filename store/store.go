@@ -76,6 +76,7 @@ type Store struct {
 	laterList []func(Peer)
 	laterKick chan struct{}
 
+	onEvent  atomic.Pointer[func(Event)]
 	watchMu  sync.Mutex // guards watchers
 	watchers []func(*DB)
 

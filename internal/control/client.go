@@ -116,6 +116,29 @@ func (c *Client) Verify(ctx context.Context, db string, report func(Check)) erro
 	})
 }
 
+// Events calls report for what happens to db, or with "" for everything that
+// happens, until ctx ends or the service does. begun, if not nil, is called once
+// nothing is missed any more.
+func (c *Client) Events(ctx context.Context, db string, begun func(), report func(json.RawMessage) error) error {
+	return c.stream(ctx, http.MethodGet, "/events", db, func(body io.Reader) error {
+		if begun != nil {
+			begun()
+		}
+		lines := json.NewDecoder(body)
+		for {
+			var line json.RawMessage
+			if err := lines.Decode(&line); err == io.EOF {
+				return nil
+			} else if err != nil {
+				return err
+			}
+			if err := report(line); err != nil {
+				return &receiveError{err}
+			}
+		}
+	})
+}
+
 // ExportLTX calls receive for each file of the history of db, in the service's
 // order. file ends after size bytes.
 func (c *Client) ExportLTX(ctx context.Context, db string, receive func(name string, size int64, file io.Reader) error) error {

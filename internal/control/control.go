@@ -6,12 +6,13 @@
 //	GET  /export?db=                      the SQLite file
 //	POST /verify?db=                      JSON lines, each a Check; without db: all
 //	GET  /ltx?db=                         a tar of MIN-MAX.ltx files
+//	GET  /events?db=                      JSON lines, each an Event, until somebody ends it; without db: of all
 //	GET  /nodes                           at a hub: a JSON list of NodeInfo
 //	POST /nodes/accept?node=&hardware=    at a hub: the NodeInfo of the accepted one
 //
 // txid is 16 hex digits (without: the position when the request arrives), timeout
 // a Go duration (without: none). Refusals are a status code and {"error":"..."}.
-// The three that stream end with the trailer Litefs-Result: "ok", or else what
+// Those that stream end with the trailer Litefs-Result: "ok", or else what
 // went wrong; a stream without it was cut.
 package control
 
@@ -48,6 +49,10 @@ type Service interface {
 	// create with its name (MIN-MAX.ltx) and size, then writes exactly so many
 	// bytes. Errors: ErrNoDatabase.
 	ExportLTX(ctx context.Context, db string, create CreateFunc) error
+	// Events calls report for what happens to db, or with "" for everything that
+	// happens, until ctx ends (its cause) or report fails (its error). A report that
+	// takes long delays nobody else: what it misses is an Event of its own.
+	Events(ctx context.Context, db string, report func(Event) error) error
 }
 
 // A NodeKeeper is a Service that knows nodes: a hub's.

@@ -60,6 +60,14 @@ func (f *fakeService) Wait(ctx context.Context, db string, txid ltx.TXID, acked 
 	return ctx.Err()
 }
 
+func (f *fakeService) Events(ctx context.Context, db string, report func(control.Event) error) error {
+	if err := report(control.Event{Event: control.EventCommit, DB: &db}); err != nil {
+		return err
+	}
+	<-ctx.Done()
+	return context.Cause(ctx)
+}
+
 func (f *fakeService) Export(_ context.Context, db string, w io.Writer) error {
 	if err := f.find(db); err != nil {
 		return err

@@ -151,6 +151,7 @@ func (s *Server) handler() http.Handler {
 	mux.HandleFunc("GET /export", s.export)
 	mux.HandleFunc("POST /verify", s.verify)
 	mux.HandleFunc("GET /ltx", s.exportLTX)
+	mux.HandleFunc("GET /events", s.events)
 	mux.HandleFunc("GET /nodes", s.nodes(func(ctx context.Context, keeper NodeKeeper, _ url.Values) (any, error) {
 		return keeper.Nodes(ctx)
 	}))
@@ -249,6 +250,27 @@ func (s *Server) verify(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
+func (s *Server) events(w http.ResponseWriter, r *http.Request) {
+	s.stream(w, r, "application/jsonl", func(db string, body io.Writer) error {
+		body.(*streamBody).begin() // the client may wait for it before it does something
+		rc := http.NewResponseController(w)
+		if err := rc.Flush(); err != nil {
+			return err
+		}
+		lines := json.NewEncoder(body)
+		return s.service.Events(r.Context(), db, func(e Event) error {
+			// Who takes nothing for so long is cut: its socket's buffer is full.
+			if err := rc.SetWriteDeadline(time.Now().Add(eventsPatience)); err != nil {
+				return err
+			}
+			return errors.Join(lines.Encode(e), rc.Flush())
+		})
+	})
+}
+
+// eventsPatience is how long a reader of events may take nothing.
+const eventsPatience = 5 * time.Minute
+
 func (s *Server) exportLTX(w http.ResponseWriter, r *http.Request) {
 	s.stream(w, r, "application/x-tar", func(db string, body io.Writer) error {
 		files := tar.NewWriter(body)
@@ -266,7 +288,7 @@ func (s *Server) exportLTX(w http.ResponseWriter, r *http.Request) {
 // first byte is a refusal.
 func (s *Server) stream(w http.ResponseWriter, r *http.Request, contentType string, produce func(db string, body io.Writer) error) {
 	db := r.URL.Query().Get("db")
-	if db == "" && r.URL.Path != "/verify" {
+	if db == "" && r.URL.Path != "/verify" && r.URL.Path != "/events" {
 		refuse(w, http.StatusBadRequest, errors.New("db is missing"))
 		return
 	}

@@ -132,6 +132,33 @@ type StatusMemory struct {
 	RSS int64 `json:"rss"`
 }
 
+// The kinds of events.
+const (
+	EventCommit = "commit" // a transaction; at a hub, one that arrived
+	EventAck    = "ack"    // durable at the hub up to here
+	EventLease  = "lease"
+	EventLink   = "link"   // State has changed: of the link, or at a hub of Node
+	EventBranch = "branch" // a line of transactions, which ended here, was kept
+	EventMissed = "missed" // so many events came while the reader was too slow
+)
+
+// Event is a line that events prints. DB, TXID and Checksum are null where it is
+// of no database; what follows them is left out where it does not belong.
+type Event struct {
+	Time     time.Time `json:"time"`
+	Event    string    `json:"event"`
+	DB       *string   `json:"db"`
+	TXID     *string   `json:"txid"`
+	Checksum *string   `json:"checksum"`
+	History  string    `json:"history,omitempty"`
+	Epoch    string    `json:"epoch,omitempty"`
+	Node     string    `json:"node,omitempty"`
+	URL      string    `json:"url,omitempty"`
+	State    string    `json:"state,omitempty"`
+	Error    string    `json:"error,omitempty"`
+	Missed   int       `json:"missed,omitempty"`
+}
+
 // NodeInfo is what a hub knows of a node's identity: node list prints it.
 type NodeInfo struct {
 	ID       string      `json:"id"`
