@@ -58,7 +58,8 @@ type DB struct {
 
 	fencing chan struct{} // closed when fence is set
 
-	queued atomic.Bool // in Store.flushList
+	held   atomic.Pointer[heldBack] // not nil: reads are refused too
+	queued atomic.Bool              // in Store.flushList
 
 	flushMu sync.Mutex // held by whoever applies layers to the files or moves base
 
@@ -213,6 +214,9 @@ func (db *DB) readFile(p []byte, off int64) error {
 
 // under returns the file that lies under the layers, nil if there is none yet.
 func (db *DB) under() (disk.File, error) {
+	if held := db.held.Load(); held != nil {
+		return nil, held.err
+	}
 	if of := db.file; of.backed() {
 		if f := of.backing(); f != nil || of.backed() {
 			return f, nil

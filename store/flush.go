@@ -148,7 +148,7 @@ func (db *DB) flush() error {
 
 func (db *DB) flushLocked() error {
 	db.mu.Lock()
-	if db.dropped {
+	if db.dropped || db.held.Load() != nil {
 		db.mu.Unlock()
 		return nil
 	}

@@ -1,7 +1,6 @@
 package store
 
 import (
-	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -266,22 +265,15 @@ func (x *recovering) finish() error {
 	if err := db.removeCovered(files, chains); err != nil {
 		return err
 	}
-	damaged := db.replayChains(chains)
+	if err := db.replayAll(chains); err != nil {
+		// Its records are whole: nothing is lost, it only cannot be shown.
+		db.holdBack(chains, err)
+	}
 	if db.at.TXID == 0 {
 		// Created, and no transaction survived: only the id and history are known.
 		return nil
 	}
-	if err := db.checkRecovered(); err != nil {
-		damaged = err
-	} else if damaged != nil {
-		// It ends before a gap. The log need not hold what lies before any more.
-		if err := db.syncFiles(db.at, false); err != nil {
-			return err
-		}
-		db.base = db.at
-	}
-	db.applied = db.at
-	if damaged == nil {
+	if db.damage == nil {
 		// What was not there was not sent.
 		db.recs.mark = min(db.recs.mark, db.at.TXID)
 	}
@@ -289,9 +281,6 @@ func (x *recovering) finish() error {
 	db.size.Store(db.at.size())
 	db.lastTime = db.recs.lastTime(x.meta.Time)
 	db.mtime.Store(db.lastTime.UnixNano())
-	if damaged != nil {
-		db.fenceDamaged(damaged)
-	}
 	if !db.exists {
 		return nil
 	}
@@ -354,17 +343,6 @@ func (db *DB) removeCovered(files []entry, chains [][]entry) error {
 		}
 		if err := db.st.fs.Remove(e.path); err != nil {
 			return fmt.Errorf("%s: remove %s: %w", db.name, e.path, err)
-		}
-	}
-	return nil
-}
-
-// replayChains brings the database as far as its records follow each other. An
-// error says what is missing or does not fit.
-func (db *DB) replayChains(chains [][]entry) error {
-	for _, list := range chains {
-		if err := db.replayFrom(list); err != nil {
-			return err
 		}
 	}
 	return nil
@@ -479,138 +457,4 @@ func (db *DB) readLevelFile(name string) (entry, error) {
 	e := entry{path: name}
 	e.fill(h, ltx.Checksum(binary.BigEndian.Uint64(tr[:])), size)
 	return e, nil
-}
-
-// chainEntries joins level files and log records to ascending lists without
-// gaps, and leaves out those that a larger one covers. With nothing lost there is
-// one.
-func chainEntries(files, logged []entry) [][]entry {
-	all := slices.Concat(logged, files)
-	slices.SortStableFunc(all, func(a, b entry) int {
-		return cmp.Or(cmp.Compare(a.min, b.min), cmp.Compare(b.max, a.max))
-	})
-	var chains [][]entry
-	var list []entry
-	for _, e := range all {
-		n := len(list)
-		switch {
-		case n > 0 && e.max <= list[n-1].max:
-			continue
-		case n > 0 && (e.min != list[n-1].max+1 || e.pre != list[n-1].post && !e.full):
-			chains = append(chains, list)
-			list = nil
-		}
-		list = append(list, e)
-	}
-	if list != nil {
-		chains = append(chains, list)
-	}
-	return chains
-}
-
-// replayFrom applies the records above base to the files (invariant 3 holds: the
-// log was made durable when it was opened).
-func (db *DB) replayFrom(list []entry) error {
-	for _, e := range list {
-		if e.max <= db.at.TXID {
-			continue
-		}
-		if e.min > db.at.TXID+1 && !e.full {
-			return fmt.Errorf("records %s to %s are missing", db.at.TXID+1, e.min-1)
-		}
-		if e.min == db.at.TXID+1 && !e.full && e.pre != db.at.PostApplyChecksum {
-			return fmt.Errorf("record %s follows checksum %s, the one before it ends at %s", e.min, e.pre, db.at.PostApplyChecksum)
-		}
-		if err := db.replayEntry(e); err != nil {
-			return fmt.Errorf("apply %s-%s: %w", e.min, e.max, err)
-		}
-	}
-	return nil
-}
-
-func (db *DB) replayEntry(e entry) error {
-	r, err := db.st.openRecord(e)
-	if err != nil {
-		return err
-	}
-	defer r.Close()
-	files, err := db.openFiles(true)
-	if err != nil {
-		return err
-	}
-	dec := ltx.NewDecoder(r)
-	h, err := dec.DecodeHeader()
-	if err != nil {
-		return err
-	}
-	if h.Commit == 0 {
-		if err := files.data.Truncate(0); err != nil {
-			return err
-		}
-	}
-	if size := db.at.size(); h.PageSize == db.at.PageSize && int64(h.Commit)*int64(h.PageSize) < size {
-		if err := files.data.Truncate(int64(h.Commit) * int64(h.PageSize)); err != nil {
-			return err
-		}
-	}
-	buf := make([]byte, h.PageSize)
-	for {
-		pgno, err := dec.DecodePage(buf)
-		if err == io.EOF {
-			break
-		}
-		if err != nil {
-			return err
-		}
-		if _, err := files.data.WriteAt(buf, int64(pgno-1)*int64(h.PageSize)); err != nil {
-			return err
-		}
-		var b [sumSize]byte
-		binary.BigEndian.PutUint64(b[:], uint64(ltx.PageChecksumFromCRC(pgno, h.PageSize, dec.PageCRC())))
-		if _, err := files.sums.WriteAt(b[:], int64(pgno-1)*sumSize); err != nil {
-			return err
-		}
-	}
-	if err := dec.Close(); err != nil {
-		return err
-	}
-	db.at = position{ltx.Pos{TXID: e.max, PostApplyChecksum: e.post}, h.PageSize, h.Commit}
-	return nil
-}
-
-// checkRecovered truncates the file to the committed size and compares the
-// checksum of all pages with that of the last transaction.
-func (db *DB) checkRecovered() error {
-	if db.at.Commit == 0 {
-		return nil
-	}
-	db.onDisk.Store(true)
-	files, err := db.openFiles(false)
-	if err != nil {
-		return err
-	}
-	size, err := files.data.Size()
-	if err != nil {
-		return err
-	}
-	want := db.at.size()
-	if size < want && int64(ltx.LockPgno(db.at.PageSize)) != int64(db.at.Commit) {
-		return fmt.Errorf("the database file has %d bytes, not %d", size, want)
-	}
-	if size != want {
-		if err := files.data.Truncate(want); err != nil {
-			return err
-		}
-	}
-	got, err := totalSum(files.sums, db.at.PageSize, db.at.Commit)
-	if err != nil {
-		return fmt.Errorf("read checksums: %w", err)
-	}
-	if got != db.at.PostApplyChecksum {
-		return fmt.Errorf("checksum of the database is %s, its last transaction %s says %s", got, db.at.TXID, db.at.PostApplyChecksum)
-	}
-	db.mu.Lock()
-	db.closeFiles()
-	db.mu.Unlock()
-	return nil
 }

@@ -148,6 +148,9 @@ func Open(opt Options) (*Store, error) {
 	if len(st.wlog.Segments()) > st.ringTarget {
 		st.kickFlush()
 	}
+	if slices.ContainsFunc(st.all(), func(db *DB) bool { return db.held.Load() != nil }) {
+		st.after(heldAgain, st.finishHeld)
+	}
 	return st, nil
 }
 
