@@ -48,7 +48,8 @@ func (d *dir) Kind() Kind { return KindDir }
 // Attr implements Node.
 func (d *dir) Attr() Attr {
 	return Attr{
-		Kind: KindDir, Ino: d.ino, Mode: d.mode.Load(), Mtime: time.Unix(0, d.mtime.Load()), Nlink: 2,
+		Kind: KindDir, Ino: d.ino, Mode: d.mode.Load(), Mtime: time.Unix(0, d.mtime.Load()),
+		Nlink: 1, // not counted: with 2, fts(3) would take it that there is no folder in this one
 	}
 }
 
