@@ -23,10 +23,10 @@ AS_ROOT     = $(if $(filter-out 0,$(shell id -u)),sudo)
 export CGO_ENABLED := 0
 export VERSION COMMIT
 
-.PHONY: help build install demo fresh test soak race test-arm check fmt vet lint imports cross bench bench-go fuzz man setup clean
+.PHONY: help build install demo fresh test soak race test-arm check fmt vet lint imports cross bench bench-go sqlite-tests fuzz man setup clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## bin/litefs-agent for this machine
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/litefs-agent .
@@ -134,6 +134,15 @@ bench: ## SQLite on the mount next to plain ext4 (ROUNDS=5 QUICK=1 SLOW=1 BIG=1 
 	@$(AS_ROOT) .build/bench/bench -agent .build/bench/litefs-agent -lean .build/bench/litefs-agent-nohub \
 		-work $(BENCHWORK) -results bench/results -command '$(BENCHCOMMAND)' -rounds $(ROUNDS) \
 		$(if $(QUICK),-quick) $(if $(SLOW),-slow) $(if $(BIG),-big) $(if $(LONG),-long) $(BENCHFLAGS)
+
+# Root, or with sudo: a mount namespace, an ordinary user. docs/testing.md.
+sqlite-tests: ## SQLite's own tests on ext4 and at the mount, compared (ONLY=tcl/wal*,mptest/*/* UPDATE=1); 20 minutes
+	@scripts/setup.sh sqlite
+	@scripts/sqlite-build.sh .build/sqlite
+	@$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o .build/sqlite/litefs-agent .
+	@$(GO) build -o .build/sqlite/sqlitetests ./internal/tools/sqlitetests
+	@$(AS_ROOT) .build/sqlite/sqlitetests -sqlite .build/sqlite/src -agent .build/sqlite/litefs-agent -work .build/sqlite/work \
+		-lists sqlitetests $(if $(ONLY),-only '$(ONLY)') $(if $(UPDATE),-update)
 
 bench-go: setup build ## the Go benchmarks of every package (BENCHTIME=1s)
 	$(GO) test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) ./...

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Installs what the tests and the demo need and this Debian lacks. Says nothing
-# and needs no rights when nothing is missing. Usage: setup.sh [test] [race] [arm] [bench]
+# and needs no rights when nothing is missing. Usage: setup.sh [test] [race] [arm] [bench] [sqlite]
 #   test  tools for the file systems that the data folder is tested on
 #   race  a C compiler, for the race detector      arm  qemu-arm, to run ARM code
 #   bench  a C compiler, strace, tools for loop devices
+#   sqlite  a C compiler, make and Tcl, to build SQLite's own test programs
 set -euo pipefail
 
 as_root() {
@@ -35,6 +36,12 @@ for group in "$@"; do
 	bench)
 		need gcc gcc; [ -e /usr/include/stdlib.h ] || packages+=(libc6-dev)
 		need strace strace; need mkfs.ext4 e2fsprogs; need losetup mount; need findmnt util-linux
+		;;
+	sqlite)
+		need gcc gcc; need make make; need tclsh8.6 tcl8.6; need xz xz-utils
+		[ -e /usr/include/stdlib.h ] || packages+=(libc6-dev)
+		[ -e /usr/lib/tcl8.6/tclConfig.sh ] || packages+=(tcl8.6-dev)
+		[ -e /usr/include/zlib.h ] || packages+=(zlib1g-dev)
 		;;
 	*) echo "setup: unknown group $group" >&2; exit 2 ;;
 	esac
