@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -60,6 +61,10 @@ type session struct {
 	in      []received // for Recv
 	inSize  int        // bytes of frames in in
 
+	every time.Duration // how often the peer wants to hear us; set by NewSession, then constant
+	idle  time.Duration // how long to send nothing; set by NewSession, then constant
+	timer *time.Timer   // of keep
+
 	lastHeard, readBegan, lastSent atomic.Int64 // nanoseconds since start; readBegan 0: not in Read
 	rtt                            atomic.Int64
 	sentN, recvN                   atomic.Int64
@@ -88,6 +93,14 @@ func NewSession(p Pipe, cfg Config, limits Limits) Conn {
 		readerDone: make(chan struct{}), writerDone: make(chan struct{}), done: make(chan struct{}),
 		wakeWriter: make(chan struct{}, 1), wakeRecv: make(chan struct{}, 1), wakeReader: make(chan struct{}, 1),
 	}
+	s.every = s.cfg.DeadAfter / 3
+	if h := s.lim.Heartbeat; h > 0 {
+		s.every = min(s.every, h)
+	}
+	s.every = max(s.every, 10*time.Millisecond)
+	// Two sides that wait equally long would go on to send at the same moments.
+	s.idle = s.every*5/8 + rand.N(s.every/4)
+	s.timer = time.NewTimer(s.every / 2)
 	go s.readLoop()
 	go s.writeLoop()
 	go s.keep()
@@ -320,19 +333,13 @@ func (s *session) lost(format string, args ...any) {
 // session down.
 func (s *session) keep() {
 	defer close(s.done)
-	beat := s.cfg.DeadAfter / 3 // at which the peer wants to hear us
-	if h := s.lim.Heartbeat; h > 0 {
-		beat = min(beat, h)
-	}
-	beat = max(beat, 10*time.Millisecond)
-	tick := time.NewTicker(beat / 2)
-	defer tick.Stop()
+	defer s.timer.Stop()
 	for open := true; open; {
 		select {
 		case <-s.ended:
 			open = false
-		case <-tick.C:
-			s.beat(beat)
+		case <-s.timer.C:
+			s.timer.Reset(s.beat())
 		}
 	}
 	s.mu.Lock()
@@ -354,22 +361,37 @@ func (s *session) keep() {
 	<-s.readerDone
 }
 
-func (s *session) beat(every time.Duration) {
+// beat sends a heartbeat if nothing was sent for s.idle, and ends the session
+// after a silence. It returns after how long it wants to be called again: an idle
+// link should not wake anybody for nothing. The answer to the peer's heartbeat is
+// a sending too, so the side with the shorter idle is the only one that sends them.
+func (s *session) beat() time.Duration {
 	now := s.now()
+	next := s.every / 2
 	// Silence counts only while we listen: a reader that waits for Recv hears nothing.
 	if began := s.readBegan.Load(); began != 0 {
 		silent := time.Duration(now - max(began, s.lastHeard.Load()))
 		if silent > s.cfg.DeadAfter {
 			s.lost("nothing heard for %s", silent.Round(time.Millisecond))
-			return
+			return s.every
 		}
+		next = s.cfg.DeadAfter - silent + 1
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.err == nil && !s.bye && !s.writing && len(s.out) == 0 && time.Duration(now-s.lastSent.Load()) >= every/2 {
+	if s.err != nil || s.bye {
+		return next
+	}
+	if s.writing || len(s.out) > 0 {
+		return min(next, s.every/2)
+	}
+	left := s.idle - time.Duration(now-s.lastSent.Load())
+	if left <= 0 || s.rtt.Load() == 0 { // each side wants to know its round trip once
 		s.out, _ = AppendFrame(s.out, &Ping{Clock: uint64(now)}, MinMaxFrame)
 		wake(s.wakeWriter)
+		left = s.idle
 	}
+	return min(next, left)
 }
 
 func (s *session) writeLoop() {
@@ -515,6 +537,7 @@ func (s *session) queuePong(clock uint64) {
 		s.pong = true
 		s.out, _ = AppendFrame(s.out, &Pong{Echo: clock}, MinMaxFrame)
 		wake(s.wakeWriter)
+		s.timer.Reset(s.idle) // no need to look before
 	}
 }
 
