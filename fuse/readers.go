@@ -12,7 +12,7 @@ import (
 )
 
 // yieldAfter must be less than the 10 ms after which the Go scheduler preempts.
-const yieldAfter = 4 * time.Millisecond
+const yieldAfter = 8 * time.Millisecond
 
 // quietAfter is how long no request must come until the engine is told: longer
 // than SQLite takes from the answer to its FSYNC to the publication of a commit.

@@ -13,12 +13,12 @@ import (
 // were published. Where commits come one after the other each answers for the one
 // before, and to look would only take time from them. So the mount says when no
 // request has come for a moment ([Store.Quiet]); where that does not happen, the
-// resolver looks every 5 ms. When a look gives no answer, it looks again with
+// resolver looks every 20 ms. When a look gives no answer, it looks again with
 // doubling pauses up to 100 ms, and sleeps while nothing is tentative.
 const (
 	resolveNow   = 0
 	resolveFirst = 50 * time.Microsecond
-	resolveLazy  = 5 * time.Millisecond
+	resolveLazy  = 20 * time.Millisecond
 	resolveLast  = 100 * time.Millisecond
 )
 
