@@ -28,8 +28,8 @@ type Auth struct {
 	seen bool       // a token file was there: from then on its absence means no token
 }
 
-// newAuth reads the token file.
-func newAuth(cfg Config, files *tlsfiles.Server, log *slog.Logger) (*Auth, error) {
+// NewAuth reads the token file.
+func NewAuth(cfg Config, files *tlsfiles.Server, log *slog.Logger) (*Auth, error) {
 	a := &Auth{tls: files, byCert: cfg.HTTP.ClientCA != "", outside: !loopback(cfg.HTTP.Listen)}
 	if cfg.Auth.Tokens == "" {
 		return a, nil

@@ -33,9 +33,14 @@ type IngestOptions struct {
 	// Hold refuses the line of a device that the hub does not know, for an
 	// operator to decide; else it becomes current and the other one is kept.
 	Hold bool
-	Auth *Auth        // nil: everybody is who it says it is
-	Told Listener     // of acks, and of nodes that come and go; nil: nobody
-	Log  *slog.Logger // nil discards
+	// MaxDatabases bounds those of one node; 0 is transport.MaxDatabases.
+	MaxDatabases int
+	// StreamStall is how long a record that is sent in parts may stand still; 0 is
+	// ten minutes.
+	StreamStall time.Duration
+	Auth        *Auth        // nil: everybody is who it says it is
+	Told        Listener     // of acks, and of nodes that come and go; nil: nobody
+	Log         *slog.Logger // nil discards
 }
 
 // A Listener is told what happens. Its methods must not block.
@@ -52,7 +57,8 @@ type Ingest struct {
 
 	refusals throttle
 
-	mu       sync.Mutex // guards sessions and hellos
+	mu       sync.Mutex // guards what follows
+	reserved int64      // bytes of the disk that streams have reserved
 	sessions map[string]*session
 	hellos   map[string]*meter // of each node
 }
@@ -66,6 +72,12 @@ var (
 func NewIngest(opt IngestOptions) (*Ingest, error) {
 	if opt.Log == nil {
 		opt.Log = slog.New(slog.DiscardHandler)
+	}
+	if opt.MaxDatabases == 0 {
+		opt.MaxDatabases = transport.MaxDatabases
+	}
+	if opt.StreamStall == 0 {
+		opt.StreamStall = streamStall
 	}
 	nodes, err := openRegistry(opt.FS)
 	if err != nil {
@@ -286,7 +298,11 @@ func (h *Ingest) incoming(node string, r *record) (store.Incoming, error) {
 	if header.MinTXID != p.MinTXID || header.MaxTXID != p.MaxTXID || header.PreApplyChecksum != p.PreApply && p.Flags&transport.PushSnapshot == 0 {
 		return in, fmt.Errorf("announced %s to %s, holds %s to %s: %w", p.MinTXID, p.MaxTXID, header.MinTXID, header.MaxTXID, store.ErrCorrupt)
 	}
-	if db := h.opt.Store.DB(in.Name); db != nil {
+	db := h.opt.Store.DB(in.Name)
+	if db == nil && len(h.databases(node)) >= h.opt.MaxDatabases {
+		return in, errTooMany
+	}
+	if db != nil {
 		if db.Place().History != in.History {
 			if h.opt.Hold {
 				return in, errHold
@@ -296,6 +312,9 @@ func (h *Ingest) incoming(node string, r *record) (store.Incoming, error) {
 	}
 	return in, nil
 }
+
+// errTooMany is the refusal of one more database.
+var errTooMany = errors.New("the node has as many databases at the hub as it may have")
 
 // errHold is the refusal of a line that an operator has to decide about.
 var errHold = errors.New("the hub has another line of this database, and [hub] divergence = \"hold\"")

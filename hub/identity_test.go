@@ -181,9 +181,11 @@ func TestForeignSite(t *testing.T) {
 }
 
 // hello opens a session as no node of ours would, and returns its number.
-func hello(t *testing.T, addr string, h *transport.Hello) (transport.Conn, *transport.Welcome, error) {
+func hello(t *testing.T, addr string, h *transport.Hello, token ...string) (transport.Conn, *transport.Welcome, error) {
 	t.Helper()
-	d, err := httptransport.NewDialer("http://"+addr, httptransport.DialOptions{Config: linkConfig, Mode: httptransport.ModeStream})
+	d, err := httptransport.NewDialer("http://"+addr, httptransport.DialOptions{
+		Config: linkConfig, Mode: httptransport.ModeStream, Credentials: bearer(strings.Join(token, "")),
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -41,6 +41,10 @@ type rig struct {
 	direct bool                   // the node dials the hub without the relay
 	tap    chan<- *transport.Push // if not nil: gets what the node sends
 
+	auth      *hub.Auth // nil: everybody is who it says it is
+	token     string    // of the node
+	ingestOpt hub.IngestOptions
+
 	nodeFS, hubFS disk.FS
 	nodeOpt       store.Options
 	linkOpt       agent.LinkOptions
@@ -103,7 +107,9 @@ func (r *rig) startHub() {
 	if err != nil {
 		r.tb.Fatalf("open the hub: %v", err)
 	}
-	ingest, err := hub.NewIngest(hub.IngestOptions{ID: "hub", Site: r.site, Store: st, FS: r.hubFS, Log: r.log.With("at", "hub")})
+	iopt := r.ingestOpt
+	iopt.ID, iopt.Site, iopt.Store, iopt.FS, iopt.Auth, iopt.Log = "hub", r.site, st, r.hubFS, r.auth, r.log.With("at", "hub")
+	ingest, err := hub.NewIngest(iopt)
 	if err != nil {
 		r.tb.Fatal(err)
 	}
@@ -179,7 +185,9 @@ func (r *rig) newLink() {
 	if r.direct {
 		addr = r.relay.aimed()
 	}
-	d, err := httptransport.NewDialer("http://"+addr, httptransport.DialOptions{Config: linkConfig, Mode: httptransport.ModeStream})
+	d, err := httptransport.NewDialer("http://"+addr, httptransport.DialOptions{
+		Config: linkConfig, Mode: httptransport.ModeStream, Credentials: bearer(r.token),
+	})
 	if err != nil {
 		r.tb.Fatal(err)
 	}
@@ -194,6 +202,10 @@ func (r *rig) newLink() {
 		r.tb.Fatal(err)
 	}
 	r.link.Attach(r.node)
+}
+
+func bearer(token string) func() (httptransport.Credentials, error) {
+	return func() (httptransport.Credentials, error) { return httptransport.Credentials{Token: token}, nil }
 }
 
 func (r *rig) closeLink() {

@@ -40,7 +40,7 @@ func Run(ctx context.Context, cfg Config, opts Options) (err error) {
 	if err != nil {
 		return err
 	}
-	auth, err := newAuth(cfg, files, log)
+	auth, err := NewAuth(cfg, files, log)
 	if err != nil {
 		return err
 	}

@@ -4,26 +4,22 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"sync"
-	"syscall"
 	"time"
 
-	"github.com/litefs-agent/litefs-agent/internal/disk"
 	"github.com/litefs-agent/litefs-agent/ltx"
 	"github.com/litefs-agent/litefs-agent/store"
 	"github.com/litefs-agent/litefs-agent/transport"
 )
 
 const (
-	// memoryStream is the size in bytes up to which a stream is put together in
-	// memory.
-	memoryStream = 256 << 10
 	// queueBytes bounds the records of one session that wait to be applied.
 	queueBytes = 8 << 20
-	// streamMargin is what must stay free in the data folder beside a stream.
-	streamMargin = 16 << 20
+	// recordCost is what a record takes in memory beside its bytes, at most.
+	recordCost = 1 << 10
+	// maxSubscriptions bounds what one session has asked for and not got.
+	maxSubscriptions = 32
 )
 
 // A session is one node's, seen from the hub. One goroutine receives; each
@@ -37,8 +33,10 @@ type session struct {
 	done   chan struct{} // closed when nothing is under way any more
 	wg     sync.WaitGroup
 
+	said    throttle           // what is logged of refused records
 	in      transport.Inbound  // owned by receive
 	streams map[uint64]*stream // owned by receive
+	swept   time.Time          // when streams were looked at; owned by receive
 
 	mu     sync.Mutex // guards what follows
 	room   *sync.Cond // queued has fallen, or closed
@@ -46,6 +44,7 @@ type session struct {
 	queued int64 // bytes in memory of all queues
 	groups map[uint64]*group
 	lost   uint64 // number of the last group of which a record was refused
+	asked  int    // subscriptions that are not answered yet
 	closed bool
 
 	sendMu sync.Mutex // held while a snapshot is sent; guards sendN
@@ -60,14 +59,6 @@ type record struct {
 	close func()
 	cost  int64 // bytes in memory
 	err   error // what applying it gave
-}
-
-// A stream is a record of which more is to come.
-type stream struct {
-	push *transport.Push
-	mem  []byte
-	file disk.File // nil while mem is enough
-	size int64
 }
 
 func newSession(h *Ingest, node string, c transport.Conn, cancel context.CancelCauseFunc) *session {
@@ -104,12 +95,20 @@ func (s *session) run(ctx context.Context) error {
 }
 
 func (s *session) receive(ctx context.Context) error {
-	for first := true; ; first = false {
-		m, err := s.c.Recv(ctx)
+	heard := false
+	for {
+		m, err := s.recv(ctx)
 		if err != nil {
 			return err
 		}
-		if first {
+		if err := s.sweep(ctx); err != nil {
+			return err
+		}
+		if m == nil {
+			continue
+		}
+		if !heard {
+			heard = true
 			s.h.nodes.heard(s.node)
 		}
 		switch m := m.(type) {
@@ -139,7 +138,7 @@ func (s *session) push(ctx context.Context, p *transport.Push) error {
 	if err := s.in.Push(p); err != nil {
 		return bye(err)
 	}
-	if !store.ValidName(p.Name) || len(nameAt(s.node, p.Name)) > transport.MaxName {
+	if !s.validName(p.Name) {
 		s.in.Drop(p.Stream)
 		s.giveUp(p.Group)
 		return s.refuse(ctx, p, transport.NakRefused, errors.New("not a name for a database"))
@@ -147,13 +146,19 @@ func (s *session) push(ctx context.Context, p *transport.Push) error {
 	if p.Last {
 		body := p.Payload
 		p.Payload = nil
-		return s.enqueue(ctx, &record{push: p, body: bytes.NewReader(body), size: int64(len(body)), cost: int64(len(body))})
+		return s.enqueue(ctx, &record{push: p, body: bytes.NewReader(body), size: int64(len(body)), cost: recordCost + int64(len(body))})
 	}
-	st := &stream{push: p}
+	st := &stream{push: p, room: room{h: s.h}, at: time.Now()}
 	s.streams[p.Stream] = st
 	payload := p.Payload
 	p.Payload = nil
 	return s.grow(ctx, st, payload)
+}
+
+// validName reports whether the node can have a database of that name: one that
+// stays in its folder.
+func (s *session) validName(name string) bool {
+	return store.ValidName(name) && len(nameAt(s.node, name)) <= transport.MaxName
 }
 
 func (s *session) data(ctx context.Context, d *transport.Data) error {
@@ -165,74 +170,18 @@ func (s *session) data(ctx context.Context, d *transport.Data) error {
 	if p == nil || st == nil {
 		return nil // given up
 	}
+	st.at = time.Now()
 	if err := s.grow(ctx, st, d.Payload); err != nil || !d.Last || s.streams[d.Stream] == nil {
 		return err
 	}
 	delete(s.streams, d.Stream)
-	r := &record{push: st.push, size: st.size}
+	r := &record{push: st.push, size: st.size, cost: recordCost}
 	if st.file != nil {
-		r.body, r.close = st.file, func() { _ = st.file.Close() }
+		r.body, r.close = st.file, st.close
 	} else {
-		r.body, r.cost = bytes.NewReader(st.mem), st.size
+		r.body, r.cost = bytes.NewReader(st.mem), recordCost+st.size
 	}
 	return s.enqueue(ctx, r)
-}
-
-// grow adds bytes to a stream; where there is no room for them the node is told
-// to try again later.
-func (s *session) grow(ctx context.Context, st *stream, b []byte) error {
-	err := s.write(st, b)
-	if err == nil {
-		return nil
-	}
-	s.h.log.Warn("record refused: no room for it in the data folder", "peer", s.node, "db", st.push.Name, "err", err)
-	s.in.Drop(st.push.Stream)
-	s.forget(st.push.Stream)
-	s.giveUp(st.push.Group)
-	return s.refuse(ctx, st.push, transport.NakBusy, err)
-}
-
-func (s *session) write(st *stream, b []byte) error {
-	if st.file == nil && int64(len(st.mem)+len(b)) <= memoryStream && st.push.Size <= memoryStream {
-		st.mem = append(st.mem, b...)
-		st.size += int64(len(b))
-		return nil
-	}
-	if st.file == nil {
-		free, err := s.h.opt.FS.Free()
-		if err != nil {
-			return err
-		}
-		// It is kept twice while it is applied.
-		if need := 2*max(st.push.Size, 0) + streamMargin; free < need {
-			return fmt.Errorf("%w: %d bytes free, %d needed", syscall.ENOSPC, free, need)
-		}
-		if st.file, err = s.h.opt.FS.CreateTemp("."); err != nil {
-			return err
-		}
-		if _, err := st.file.WriteAt(st.mem, 0); err != nil {
-			return err
-		}
-		st.mem = nil
-	}
-	if _, err := st.file.WriteAt(b, st.size); err != nil {
-		return err
-	}
-	st.size += int64(len(b))
-	return nil
-}
-
-func (s *session) forget(number uint64) {
-	if st := s.streams[number]; st != nil {
-		st.close()
-		delete(s.streams, number)
-	}
-}
-
-func (st *stream) close() {
-	if st.file != nil {
-		_ = st.file.Close()
-	}
 }
 
 // enqueue hands a record to its database's goroutine. It waits while too much is
@@ -362,16 +311,19 @@ func (s *session) answer(ctx context.Context, r *record) {
 		code = transport.NakUnknownHistory
 	case errors.Is(r.err, store.ErrCorrupt):
 		code = transport.NakCorrupt
-	case errors.Is(r.err, errHold):
+	case errors.Is(r.err, errHold), errors.Is(r.err, errTooMany):
 		code = transport.NakRefused
 	case errors.Is(r.err, errGivenUp):
 		code = transport.NakCanceled
 	}
 	level := s.h.log.Debug
+	hidden, ok := 0, false
 	if code != transport.NakPosMismatch && code != transport.NakUnknownHistory {
-		level = s.h.log.Warn
+		if hidden, ok = s.said.allow(time.Now()); ok {
+			level = s.h.log.Warn
+		}
 	}
-	level("record not taken", "peer", s.node, "db", r.push.Name, "txid", r.push.MaxTXID, "err", r.err)
+	level("record not taken", "peer", s.node, "db", r.push.Name, "txid", r.push.MaxTXID, "unlogged", hidden, "err", r.err)
 	_ = s.refuse(ctx, r.push, code, r.err) // an error is the session's end
 }
 

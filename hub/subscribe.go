@@ -14,6 +14,9 @@ import (
 // subscribe answers a node that asks for its own database: a snapshot, or what
 // follows the position where it stands. The subscription ends with that.
 func (s *session) subscribe(ctx context.Context, m *transport.Subscribe) error {
+	if !s.validName(m.Name) {
+		return s.c.Send(ctx, &transport.Nak{Name: m.Name, Code: transport.NakRefused, Text: "not a name for a database"})
+	}
 	db := s.h.opt.Store.DB(nameAt(s.node, m.Name))
 	if db == nil {
 		return s.c.Send(ctx, &transport.Nak{Name: m.Name, Code: transport.NakUnknownDatabase, Text: "no such database"})
@@ -30,7 +33,22 @@ func (s *session) subscribe(ctx context.Context, m *transport.Subscribe) error {
 		}
 		send = func(ctx context.Context, name string, db *store.DB) error { return s.sendFrom(ctx, name, db, m.Pos) }
 	}
+	s.mu.Lock()
+	s.asked++
+	full := s.asked > maxSubscriptions
+	if full {
+		s.asked--
+	}
+	s.mu.Unlock()
+	if full {
+		return s.c.Send(ctx, &transport.Nak{Name: m.Name, Code: transport.NakBusy, Text: "too many subscriptions at once", RetryAfter: time.Second})
+	}
 	s.wg.Go(func() {
+		defer func() {
+			s.mu.Lock()
+			s.asked--
+			s.mu.Unlock()
+		}()
 		if err := send(ctx, m.Name, db); err != nil && ctx.Err() == nil {
 			s.h.log.Warn("database not sent", "peer", s.node, "db", m.Name, "err", err)
 			_ = s.c.Send(ctx, &transport.Nak{Name: m.Name, Code: transport.NakBusy, Text: "see the hub's log", RetryAfter: time.Second})
