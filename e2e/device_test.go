@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	gofuse "github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
@@ -26,7 +27,8 @@ import (
 //	                 some are lost; from now on every request fails
 //	fail KIND,...    requests of these kinds fail with EIO: read, write, flush;
 //	                 with " once" behind them only the next one
-//	on               nothing fails any more
+//	slow DURATION    a flush takes so long
+//	on               nothing fails and nothing is slow any more
 type device struct {
 	gofuse.RawFileSystem
 
@@ -37,6 +39,7 @@ type device struct {
 	fails   map[string]bool
 	once    bool // the next failure is the last
 	failedN int
+	slow    time.Duration // of a flush
 }
 
 const (
@@ -98,7 +101,13 @@ func (d *device) obey(line string) int {
 		for kind := range strings.SplitSeq(arg, ",") {
 			d.fails[kind] = true
 		}
+	case "slow":
+		var err error
+		if d.slow, err = time.ParseDuration(arg); err != nil {
+			panic(err)
+		}
 	case "on":
+		d.slow = 0
 	default:
 		panic("no such command: " + line)
 	}
@@ -172,6 +181,10 @@ func (d *device) Write(_ <-chan struct{}, in *gofuse.WriteIn, data []byte) (uint
 }
 
 func (d *device) Fsync(<-chan struct{}, *gofuse.FsyncIn) gofuse.Status {
+	d.mu.Lock()
+	slow := d.slow
+	d.mu.Unlock()
+	time.Sleep(slow)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.failing("flush") {

@@ -74,7 +74,7 @@ func newVolume(env *testrig.Env, fs string, mb int) *volume {
 // node starts a node whose data folder is on the volume.
 func (v *volume) node(opts testrig.Options) *testrig.Service {
 	v.env.Helper()
-	opts.Data = filepath.Join(v.dir, "data")
+	opts.Data = filepath.Join(v.dir, "data"+opts.ID)
 	s := v.env.Node(opts)
 	v.services = append(v.services, s)
 	return s
