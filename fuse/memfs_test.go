@@ -20,6 +20,9 @@ type memFS struct {
 	ino  atomic.Uint64
 	peer atomic.Pointer[store.Peer]
 
+	wantsQuiet atomic.Bool
+	quietN     atomic.Int32 // calls of Quiet
+
 	// Hooks of tests, set before mounting.
 	lookup  func(path string) error
 	onWrite func(n *memNode, off int64, p []byte) error
@@ -255,8 +258,12 @@ func (fs *memFS) ReadDir(p string) ([]store.DirEntry, error) {
 
 func (fs *memFS) LogAhead() bool   { return false }
 func (fs *memFS) AwaitLog()        {}
-func (fs *memFS) WantsQuiet() bool { return false }
-func (fs *memFS) Quiet()           {}
+func (fs *memFS) WantsQuiet() bool { return fs.wantsQuiet.Load() }
+
+func (fs *memFS) Quiet() {
+	fs.wantsQuiet.Store(false)
+	fs.quietN.Add(1)
+}
 
 func (fs *memFS) StatFS() (total, free, avail, files, filesFree uint64, err error) {
 	return 1 << 30, 1 << 29, 1 << 28, 1000, 500, nil

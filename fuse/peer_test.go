@@ -270,3 +270,26 @@ func TestSyncBlocksNobody(t *testing.T) {
 		}
 	}
 }
+
+// TestQuiet wants to be told of the quiet after an FSYNC, and is told once.
+func TestQuiet(t *testing.T) {
+	fs := newMemFS()
+	fs.onSync = func(*memNode) error {
+		fs.wantsQuiet.Store(true)
+		return nil
+	}
+	_, dir := mountFS(t, fs, fuse.Options{})
+	p := newProgram(t, dir, 0)
+	p.want("open a x.db-wal rw,create = ok", "write a 0 x = ok")
+	if n := fs.quietN.Load(); n != 0 {
+		t.Errorf("told %d times before it was wanted", n)
+	}
+	for round := range int32(3) {
+		p.want("fsync a = ok")
+		eventually(t, "the word of the quiet", func() bool { return fs.quietN.Load() > round })
+		p.want("write a 0 x = ok")
+		if n := fs.quietN.Load(); n != round+1 {
+			t.Errorf("told %d times, want %d", n, round+1)
+		}
+	}
+}
