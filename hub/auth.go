@@ -2,7 +2,6 @@ package hub
 
 import (
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -158,10 +157,4 @@ func openTLS(cfg Config, log *slog.Logger) (*tlsfiles.Server, error) {
 		return nil, fmt.Errorf("http.cert: %w", err)
 	}
 	return files, nil
-}
-
-// isAuth reports whether err refuses credentials.
-func isAuth(err error) bool {
-	bye, ok := errors.AsType[*transport.ByeError](err)
-	return ok && bye.Code == transport.CodeAuth
 }

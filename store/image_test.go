@@ -71,13 +71,14 @@ func readLog(d *simdisk.Disk) (list []*logged, end commitlog.LSN) {
 		}
 	}
 	slices.Reverse(chain)
-	next, crc := chain[0].first, chain[0].formerCRC
+	next := chain[0].first
 	for i, s := range chain {
 		limit := int64(len(s.data))
 		if i+1 < len(chain) {
 			limit = chain[i+1].formerEnd
 		}
-		next, crc = s.first, s.formerCRC
+		crc := s.formerCRC
+		next = s.first
 		for pos := int64(imagePage); ; {
 			r, at, size, sum := s.find(pos, limit, next, crc)
 			if r == nil {
