@@ -8,6 +8,8 @@ import (
 	"math"
 	"os"
 	"path"
+	"runtime/debug"
+	"runtime/metrics"
 	"slices"
 	"time"
 
@@ -66,6 +68,8 @@ func (st *Store) flushLoop() {
 	defer st.wg.Done()
 	timer := time.NewTimer(time.Hour)
 	timer.Stop()
+	tidy := time.AfterFunc(time.Hour, st.tidy)
+	defer tidy.Stop()
 	waiting := repeated{log: st.log, msg: "committed pages wait in memory: the data folder refuses them"}
 	for {
 		select {
@@ -79,6 +83,7 @@ func (st *Store) flushLoop() {
 			st.flushArmed.Store(false)
 		}
 		err := st.flushAll()
+		tidy.Reset(tidyAfter)
 		waiting.report(err)
 		st.waiting.Store(&err)
 		if err != nil && !st.flushArmed.Swap(true) {
@@ -86,6 +91,23 @@ func (st *Store) flushLoop() {
 		}
 		st.checkpointIfNeeded()
 	}
+}
+
+// tidyAfter is how long after the last work memory that served it is given back.
+const tidyAfter = 2 * time.Second
+
+// tidyFrom is how many bytes of heap, live or not, are worth the work.
+const tidyFrom = 6 << 20
+
+// tidy gives memory that a busy time left back to the system.
+func (st *Store) tidy() {
+	heap := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/memory/classes/heap/free:bytes"}}
+	metrics.Read(heap)
+	if heap[0].Value.Uint64()+heap[1].Value.Uint64() < tidyFrom {
+		return
+	}
+	st.pool.Tidy()
+	debug.FreeOSMemory()
 }
 
 // A repeated fault is logged when it begins, at most every 30 s with the number
@@ -213,7 +235,7 @@ func (db *DB) applyLayer(l *layer) error {
 		return err
 	})
 	if err == nil {
-		err = writeSums(files.sums, l.sums)
+		err = l.sums.writeTo(files.sums)
 	}
 	if err != nil {
 		return fmt.Errorf("%s: apply committed pages: %w", db.name, err)

@@ -20,7 +20,7 @@ type layer struct {
 	// Of a committed layer, guarded by DB.mu until the layer is frozen.
 	lsn  commitlog.LSN // log position that must be durable before any byte is applied
 	pos  position      // position of the database once the layer is applied
-	sums map[uint32]uint64
+	sums sums
 
 	fresh   bool // the files under it are those of a dropped database: remove them first
 	takes   bool // the first layer of a database that was an ordinary file
@@ -28,13 +28,13 @@ type layer struct {
 }
 
 func newLayer(p *sparse.Pool) *layer {
-	l := &layer{File: p.NewFile(), sums: make(map[uint32]uint64)}
+	l := &layer{File: p.NewFile(), sums: sums{few: make(map[uint32]uint64)}}
 	l.under.Store(math.MaxInt64)
 	return l
 }
 
 func (l *layer) empty() bool {
-	return l.Len() == 0 && l.under.Load() == math.MaxInt64 && len(l.sums) == 0 && !l.fresh && !l.takes
+	return l.Len() == 0 && l.under.Load() == math.MaxInt64 && l.sums.empty() && !l.fresh && !l.takes
 }
 
 // cut forgets everything from size on, in the layer and under it.

@@ -193,6 +193,9 @@ func (db *DB) build(c change) (*pending, []byte, *scratch, error) {
 		}
 		defer enc.abandon()
 	}
+	if len(pages) >= manySums {
+		p.sums = make([]pageSum, 0, len(pages))
+	}
 	sc.pages, sc.page = sc.pages[:0], sc.page[:0]
 	if need := len(pages) * int(c.pageSize); !large && cap(sc.page) < need {
 		sc.page = make([]byte, 0, need)
@@ -284,11 +287,9 @@ func (db *DB) xorSums(from, to uint32) (uint64, error) {
 func (db *DB) confirm(p *pending) {
 	top := db.stack.Load().committed[0]
 	if db.at.PageSize != p.after.PageSize && db.at.PageSize != 0 {
-		clear(top.sums)
+		top.sums.reset()
 	}
-	for _, s := range p.sums {
-		top.sums[s.pgno] = s.sum
-	}
+	top.sums.add(p.sums)
 	top.lsn = max(top.lsn, p.lsn)
 	db.at = p.after
 	db.lastTime = p.time

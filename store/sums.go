@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"encoding/binary"
 	"io"
 	"maps"
@@ -16,10 +17,64 @@ import (
 // values wait in the committed layers.
 const sumSize = 8
 
+// sums are page checksums that wait in a layer.
+type sums struct {
+	few  map[uint32]uint64
+	many [][]pageSum // of large transactions, each ascending; newer last, none of them older than few
+}
+
+// manySums is from how many pages on a transaction's checksums are kept as they
+// come.
+const manySums = 1024
+
+func (s *sums) empty() bool { return len(s.few) == 0 && len(s.many) == 0 }
+
+// reset forgets all.
+func (s *sums) reset() {
+	clear(s.few)
+	s.many = nil
+}
+
+// add takes the checksums of one transaction, ascending; the list stays with s.
+func (s *sums) add(list []pageSum) {
+	if len(list) < manySums {
+		for _, x := range list {
+			s.few[x.pgno] = x.sum
+		}
+		return
+	}
+	for pgno := range s.few {
+		if _, ok := findSum(list, pgno); ok {
+			delete(s.few, pgno)
+		}
+	}
+	s.many = append(s.many, list)
+}
+
+func (s *sums) get(pgno uint32) (uint64, bool) {
+	if v, ok := s.few[pgno]; ok {
+		return v, true
+	}
+	for _, list := range slices.Backward(s.many) {
+		if v, ok := findSum(list, pgno); ok {
+			return v, true
+		}
+	}
+	return 0, false
+}
+
+func findSum(list []pageSum, pgno uint32) (uint64, bool) {
+	i, ok := slices.BinarySearchFunc(list, pgno, func(s pageSum, n uint32) int { return cmp.Compare(s.pgno, n) })
+	if !ok {
+		return 0, false
+	}
+	return list[i].sum, true
+}
+
 // sum returns the checksum of page pgno in the committed state. db.mu is held.
 func (db *DB) sum(pgno uint32) (uint64, error) {
 	for _, l := range db.stack.Load().committed {
-		if v, ok := l.sums[pgno]; ok {
+		if v, ok := l.sums.get(pgno); ok {
 			return v, nil
 		}
 	}
@@ -37,15 +92,33 @@ func (db *DB) sum(pgno uint32) (uint64, error) {
 	return binary.BigEndian.Uint64(b[:]), nil
 }
 
-// writeSums puts the checksums of a layer into the file, which the log is
-// durable past.
-func writeSums(f io.WriterAt, sums map[uint32]uint64) error {
-	var b [sumSize]byte
-	for _, pgno := range slices.Sorted(maps.Keys(sums)) {
-		binary.BigEndian.PutUint64(b[:], sums[pgno])
-		if _, err := f.WriteAt(b[:], int64(pgno-1)*sumSize); err != nil {
+// writeTo puts the checksums into the file, which the log is durable past.
+func (s *sums) writeTo(f io.WriterAt) error {
+	for _, list := range s.many {
+		if err := writeSums(f, list); err != nil {
 			return err
 		}
+	}
+	list := make([]pageSum, 0, len(s.few))
+	for _, pgno := range slices.Sorted(maps.Keys(s.few)) {
+		list = append(list, pageSum{pgno, s.few[pgno]})
+	}
+	return writeSums(f, list)
+}
+
+// writeSums writes an ascending list, neighbours together.
+func writeSums(f io.WriterAt, list []pageSum) error {
+	var buf [4096]byte
+	for len(list) > 0 {
+		n := 0
+		for n < len(list) && n < len(buf)/sumSize && list[n].pgno == list[0].pgno+uint32(n) {
+			binary.BigEndian.PutUint64(buf[n*sumSize:], list[n].sum)
+			n++
+		}
+		if _, err := f.WriteAt(buf[:n*sumSize], int64(list[0].pgno-1)*sumSize); err != nil {
+			return err
+		}
+		list = list[n:]
 	}
 	return nil
 }

@@ -53,6 +53,13 @@ func (p *Pool) get() *[BlockSize]byte {
 	return new([BlockSize]byte)
 }
 
+// Tidy lets the blocks go that are kept for reuse.
+func (p *Pool) Tidy() {
+	p.mu.Lock()
+	p.free = nil
+	p.mu.Unlock()
+}
+
 func (p *Pool) put(b *[BlockSize]byte) {
 	p.used.Add(-BlockSize)
 	p.mu.Lock()
@@ -62,13 +69,6 @@ func (p *Pool) put(b *[BlockSize]byte) {
 	p.mu.Unlock()
 }
 
-// A block is one aligned piece of a File. Where mem is nil its bytes are in the
-// spill file, at the block's own offset.
-type block struct {
-	mem  *[BlockSize]byte
-	mask uint8 // sectors written, bit 0 the first
-}
-
 // A File is a sparse file. What was never written is a hole, and File knows
 // which sectors are. It is safe for concurrent use; no read waits for a disk
 // with the lock held.
@@ -76,14 +76,14 @@ type File struct {
 	pool *Pool
 
 	mu     sync.RWMutex // guards all below; not held over reads of spilled blocks
-	blocks map[int64]*block
+	blocks blocks
 	size   int64
 	gen    uint64 // counts removals of blocks, for reads without the lock
 	disk   disk.File
 }
 
 // NewFile makes an empty file.
-func (p *Pool) NewFile() *File { return &File{pool: p, blocks: make(map[int64]*block)} }
+func (p *Pool) NewFile() *File { return &File{pool: p, blocks: blocks{near: make(map[int64]*block)}} }
 
 // Size returns the size in bytes.
 func (f *File) Size() int64 {
@@ -96,7 +96,7 @@ func (f *File) Size() int64 {
 func (f *File) Len() int64 {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
-	return int64(len(f.blocks)) * BlockSize
+	return int64(f.blocks.len()) * BlockSize
 }
 
 // WriteAt writes p at off and extends the size. The rest of a sector that p
@@ -159,10 +159,9 @@ func (f *File) fillEdges(off, n int64, under func([]byte, int64) error) error {
 func (f *File) writeBlock(p []byte, off int64) (int, error) {
 	key, in := off/BlockSize, off%BlockSize
 	n := min(int64(len(p)), BlockSize-in)
-	b := f.blocks[key]
-	if b == nil {
-		b = &block{mem: f.pool.get()}
-		if b.mem == nil {
+	mem, mask := f.blocks.get(key)
+	if mask == 0 {
+		if mem = f.pool.get(); mem == nil {
 			if err := f.openSpill(); err != nil {
 				return 0, err
 			}
@@ -172,16 +171,16 @@ func (f *File) writeBlock(p []byte, off int64) (int, error) {
 				return 0, err
 			}
 		}
-		f.blocks[key] = b
 	}
-	if b.mem != nil {
-		copy(b.mem[in:], p[:n])
+	if mem != nil {
+		copy(mem[in:], p[:n])
 	} else if _, err := f.disk.WriteAt(p[:n], off); err != nil {
 		return 0, err
 	}
 	for s := in / SectorSize; s <= (in+n-1)/SectorSize; s++ {
-		b.mask |= 1 << s
+		mask |= 1 << s
 	}
+	f.blocks.set(key, mem, mask)
 	return int(n), nil
 }
 
@@ -250,14 +249,14 @@ func (f *File) readMemory(p []byte, off int64) (holes, spilled []extent, gen uin
 	f.mu.RLock()
 	defer f.mu.RUnlock()
 	end := off + int64(len(p))
-	if len(f.blocks) == 0 {
+	if f.blocks.len() == 0 {
 		return addExtent(nil, off, end), nil, f.gen, nil
 	}
 	for at := off; at < end; {
 		key := at / BlockSize
 		blockEnd := min(end, (key+1)*BlockSize)
-		b := f.blocks[key]
-		if b == nil {
+		mem, mask := f.blocks.get(key)
+		if mask == 0 {
 			holes = addExtent(holes, at, blockEnd)
 			at = blockEnd
 			continue
@@ -266,12 +265,12 @@ func (f *File) readMemory(p []byte, off int64) (holes, spilled []extent, gen uin
 			sector := (at % BlockSize) / SectorSize
 			to := min(blockEnd, (at/SectorSize+1)*SectorSize)
 			switch {
-			case b.mask&(1<<sector) == 0:
+			case mask&(1<<sector) == 0:
 				holes = addExtent(holes, at, to)
-			case b.mem == nil:
+			case mem == nil:
 				spilled = addExtent(spilled, at, to)
 			default:
-				copy(p[at-off:to-off], b.mem[at%BlockSize:])
+				copy(p[at-off:to-off], mem[at%BlockSize:])
 			}
 			at = to
 		}
@@ -295,8 +294,8 @@ func (f *File) Touches(off, n int64) bool {
 
 func (f *File) each(off, n int64, ok func(set bool) bool) bool {
 	for at := off &^ (SectorSize - 1); at < off+n; at += SectorSize {
-		b := f.blocks[at/BlockSize]
-		if !ok(b != nil && b.mask&(1<<(at%BlockSize/SectorSize)) != 0) {
+		_, mask := f.blocks.get(at / BlockSize)
+		if !ok(mask&(1<<(at%BlockSize/SectorSize)) != 0) {
 			return false
 		}
 	}
@@ -324,34 +323,32 @@ func (f *File) DropFrom(off int64) {
 func (f *File) dropFrom(off int64) {
 	f.gen++
 	first := off / BlockSize
-	for key, b := range f.blocks {
-		if key > first || key == first && off%BlockSize == 0 {
-			if b.mem != nil {
-				f.pool.put(b.mem)
-			}
-			delete(f.blocks, key)
-		}
+	in := off % BlockSize
+	from := first
+	if in != 0 {
+		from++
 	}
-	b := f.blocks[first]
-	if b == nil {
+	f.blocks.dropFrom(from, f.pool.put)
+	mem, mask := f.blocks.get(first)
+	if mask == 0 {
 		return
 	}
-	in := off % BlockSize
-	if b.mem != nil {
-		clear(b.mem[in:])
+	if mem != nil {
+		clear(mem[in:])
 	} else if f.disk != nil {
 		// Best effort: the mask hides whole sectors, the cut one is zeroed here.
 		zero := make([]byte, BlockSize-in)
 		_, _ = f.disk.WriteAt(zero, off)
 	}
 	keep := (in + SectorSize - 1) / SectorSize
-	b.mask &= 1<<keep - 1
-	if b.mask == 0 {
-		if b.mem != nil {
-			f.pool.put(b.mem)
+	if mask &= 1<<keep - 1; mask == 0 {
+		f.blocks.drop(first)
+		if mem != nil {
+			f.pool.put(mem)
 		}
-		delete(f.blocks, first)
+		return
 	}
+	f.blocks.set(first, mem, mask)
 }
 
 // Reset makes the file empty and gives its memory and its spill file back.
@@ -359,12 +356,7 @@ func (f *File) Reset() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.gen++
-	for _, b := range f.blocks {
-		if b.mem != nil {
-			f.pool.put(b.mem)
-		}
-	}
-	clear(f.blocks)
+	f.blocks.dropFrom(0, f.pool.put)
 	f.size = 0
 	if f.disk != nil {
 		// A reader may still be inside: the file goes when the last reference does.
@@ -381,19 +373,19 @@ func (f *File) Pages(pageSize uint32) []uint32 {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
 	var list []uint32
-	for key, b := range f.blocks {
+	f.blocks.each(func(key int64, mask uint8) {
 		at := key * BlockSize
 		if pageSize >= BlockSize {
 			list = append(list, uint32(at/int64(pageSize))+1)
-			continue
+			return
 		}
 		per := int64(pageSize / SectorSize)
 		for s := int64(0); s < BlockSize/SectorSize; s += per {
-			if b.mask>>s&(1<<per-1) != 0 {
+			if mask>>s&(1<<per-1) != 0 {
 				list = append(list, uint32((at+s*SectorSize)/int64(pageSize))+1)
 			}
 		}
-	}
+	})
 	slices.Sort(list)
 	return slices.Compact(list)
 }
@@ -402,41 +394,43 @@ func (f *File) Pages(pageSize uint32) []uint32 {
 // and at most one block's bytes, valid during the call.
 func (f *File) Runs(fn func(p []byte, off int64) error) error {
 	f.mu.RLock()
-	keys := make([]int64, 0, len(f.blocks))
-	for key := range f.blocks {
-		keys = append(keys, key)
-	}
+	chunks := f.blocks.chunks()
 	f.mu.RUnlock()
-	slices.Sort(keys)
-	var buf [BlockSize]byte
-	for _, key := range keys {
-		f.mu.RLock()
-		b := f.blocks[key]
-		var mask uint8
-		if b != nil {
-			mask = b.mask
-		}
-		f.mu.RUnlock()
-		if mask == 0 {
-			continue
-		}
-		if _, err := f.ReadAt(buf[:], key*BlockSize); err != nil {
-			return err
-		}
-		for s := 0; s < 8; {
-			if mask&(1<<s) == 0 {
-				s++
-				continue
-			}
-			e := s
-			for e < 8 && mask&(1<<e) != 0 {
-				e++
-			}
-			if err := fn(buf[s*SectorSize:e*SectorSize], key*BlockSize+int64(s)*SectorSize); err != nil {
+	buf := make([]byte, BlockSize)
+	for _, c := range chunks {
+		for key := c * chunkBlocks; key < (c+1)*chunkBlocks; key++ {
+			if err := f.runsOf(key, buf, fn); err != nil {
 				return err
 			}
-			s = e
 		}
+	}
+	return nil
+}
+
+// runsOf is Runs of one block; buf is one block's room.
+func (f *File) runsOf(key int64, buf []byte, fn func(p []byte, off int64) error) error {
+	f.mu.RLock()
+	_, mask := f.blocks.get(key)
+	f.mu.RUnlock()
+	if mask == 0 {
+		return nil
+	}
+	if _, err := f.ReadAt(buf, key*BlockSize); err != nil {
+		return err
+	}
+	for s := 0; s < 8; {
+		if mask&(1<<s) == 0 {
+			s++
+			continue
+		}
+		e := s
+		for e < 8 && mask&(1<<e) != 0 {
+			e++
+		}
+		if err := fn(buf[s*SectorSize:e*SectorSize], key*BlockSize+int64(s)*SectorSize); err != nil {
+			return err
+		}
+		s = e
 	}
 	return nil
 }
