@@ -426,3 +426,20 @@ func TestSnapshotWhileWriting(t *testing.T) {
 	}
 	r.settle()
 }
+
+// What the hub has acknowledged outlives a power cut of the hub: startHub asserts
+// it.
+func TestAckOutlivesPowerCut(t *testing.T) {
+	r := newRig(t, 11)
+	r.hubOpt.Flush = time.Hour // only what an ack asks for becomes durable
+	r.startHub()
+	r.startNode()
+	for range 5 {
+		r.commit("a.db", 20)
+		r.commit("b.db", 20)
+		r.acknowledged() // and no look at the hub, which would make it durable
+		r.closeHub(true)
+		r.startHub()
+	}
+	r.settle()
+}

@@ -55,6 +55,8 @@ type rig struct {
 	link     *agent.Link
 	stopLink func()
 
+	acked map[string]store.Info // what the node knew to be at the hub when that lost its power
+
 	hub     *store.Store
 	ingest  *hub.Ingest
 	stopHub func()
@@ -107,6 +109,13 @@ func (r *rig) startHub() {
 	if err != nil {
 		r.tb.Fatalf("open the hub: %v", err)
 	}
+	for name, info := range r.acked {
+		there := st.DB("nodes/n1/" + name)
+		if !info.Acked.IsZero() && (there == nil || there.Place().History == info.History && there.Place().Pos.TXID < info.Acked.TXID) {
+			r.tb.Errorf("invariant 5: %s was acknowledged at %s, and the hub has lost that", name, info.Acked)
+		}
+	}
+	r.acked = nil
 	iopt := r.ingestOpt
 	iopt.ID, iopt.Site, iopt.Store, iopt.FS, iopt.Auth, iopt.Log = "hub", r.site, st, r.hubFS, r.auth, r.log.With("at", "hub")
 	ingest, err := hub.NewIngest(iopt)
@@ -141,6 +150,10 @@ func (r *rig) closeHub(cut bool) {
 	}
 	r.relay.aim("")
 	if cut {
+		r.acked = map[string]store.Info{}
+		for _, db := range r.node.DBs() {
+			r.acked[db.Name()] = db.Info()
+		}
 		r.hubFS = r.hubFS.(*simdisk.Disk).Cut(r.rng) // first: everything after fails
 	}
 	r.stopHub()
@@ -248,6 +261,13 @@ func (r *rig) commit(name string, pages int) {
 // settle waits until the hub has acknowledged everything, and compares.
 func (r *rig) settle() {
 	r.tb.Helper()
+	r.acknowledged()
+	r.compare()
+}
+
+// acknowledged waits until the hub has acknowledged everything.
+func (r *rig) acknowledged() {
+	r.tb.Helper()
 	deadline := time.Now().Add(patience)
 	for {
 		waiting := ""
@@ -265,7 +285,6 @@ func (r *rig) settle() {
 		}
 		time.Sleep(time.Millisecond) // polls a condition of two processes
 	}
-	r.compare()
 }
 
 func deref(s *string) string {
