@@ -23,7 +23,7 @@ AS_ROOT     = $(if $(filter-out 0,$(shell id -u)),sudo)
 export CGO_ENABLED := 0
 export VERSION COMMIT
 
-.PHONY: help build install demo fresh test soak race test-arm check fmt vet lint imports cross bench bench-go sqlite-tests fuzz man setup clean
+.PHONY: help build install demo fresh test soak sabotage race test-arm check fmt vet lint imports cross bench bench-go sqlite-tests fuzz man setup clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,6 +90,16 @@ soak-power: # times two power cuts with durability app and commit, two on each f
 soak-errors: # times each way in which a disk fails
 	@scripts/setup.sh test
 	$(GOTEST_SOAK) -run '^TestDiskErrors$$' ./e2e -soak $(SOAK_ERRORS)
+
+# Each durability rule of the engine is switched off in turn, and one test must
+# notice. First: nothing of that is in the product.
+sabotage: ## switch off each durability rule in turn, and show the test that notices; fails where none does
+	@mkdir -p .build/sabotage
+	$(GO) build -o .build/sabotage/agent .
+	@if $(GO) tool nm .build/sabotage/agent | grep -i sabotage; then echo "sabotage is in the product"; exit 1; fi
+	$(GO) build -tags sabotage -o .build/sabotage/agent-sabotage .
+	@$(GO) tool nm .build/sabotage/agent-sabotage | grep -q internal/sabotage || { echo "the check for sabotage in the product cannot fail"; exit 1; }
+	$(GO) run ./internal/tools/sabotage -dir .build/sabotage
 
 race: ## every test under the race detector (amd64 and arm64)
 	@scripts/setup.sh test race

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/litefs-agent/litefs-agent/internal/sabotage"
 	"github.com/litefs-agent/litefs-agent/ltx"
 	"github.com/litefs-agent/litefs-agent/store"
 	"github.com/litefs-agent/litefs-agent/transport"
@@ -268,7 +269,11 @@ func (s *session) applyAll(ctx context.Context, name string, list []*record) {
 		return
 	}
 	info := db.Place()
-	if err := db.Sync(); err != nil {
+	durable := db.Sync
+	if sabotage.On(sabotage.AckDurable) {
+		durable = func() error { return nil }
+	}
+	if err := durable(); err != nil {
 		s.h.log.Error("records cannot be made durable", "peer", s.node, "db", name, "err", err)
 		s.cancel(transport.Refuse(transport.CodeInternal, "the hub's disk fails"))
 		return

@@ -291,7 +291,12 @@ func (c *crasher) work() {
 			}
 			c.count("killed programs")
 			c.logf("program killed")
-			c.w.Kill()
+			if c.rng.IntN(2) == 0 {
+				c.w.Orphan()
+				c.count("killed programs beside others")
+			} else {
+				c.w.Kill()
+			}
 			if c.rng.IntN(2) == 0 {
 				c.st.resolveAll(true)
 			}
@@ -325,8 +330,17 @@ var want = map[string]int{
 	"crash points": 5000,
 	"cuts":         1000, "kills": 1000, "crashes in Open": 100, "clean stops": 50, "killed programs": 100, "comparisons": 1000, "verified databases": 1000,
 	"injected faults": 100, "bounded disks": 20, "full disks": 20, "failed calls": 100,
+	"killed programs beside others": 50, "crashes of the hub": 100, "failed commit events": 3,
 	"flushes": 100, "checkpoints": 100, "log flushes": 100,
-	"commits in delete": 500, "commits in truncate": 100, "commits in persist": 100, "commits in wal": 100,
+	"commits in delete": 500, "commits in truncate": 50, "commits in persist": 50, "commits in wal": 50,
+	"groups": 100, "checkpoints of a WAL": 100, "closed WALs": 50, "changes of the journal mode": 50, "vacuums": 50, "checks": 500,
+	"drops": 50, "copies": 20, "renames to a new name": 10, "renames over a database": 50, "exports": 50, "new histories": 50,
+	"transactions without a change": 100, "refused writes": 100, "removed remains": 3,
+	"written files": 100, "removed files": 20, "renamed files": 10, "read files": 100, "synced files found again": 100,
+	"shipments": 1000, "compacted shipments": 100, "shipped snapshots": 100, "gaps": 20, "broken sessions": 100, "acks": 1000, "acks taken back": 50,
+	"applied records": 1000, "applied replacements": 50, "applied groups": 50, "branches found again": 50, "snapshots for a hub that went back": 20,
+	"corrupt records": 50, "torn records": 50, "records of another history": 20, "records from the future": 3,
+	"records that outlived their node": 50, "positions known again": 500, "databases equal in the end": 500,
 }
 
 // TestCrashSoak lets a node and its hub die, over and over, at random operations

@@ -10,6 +10,7 @@ import (
 	"slices"
 
 	"github.com/litefs-agent/litefs-agent/internal/disk"
+	"github.com/litefs-agent/litefs-agent/internal/sabotage"
 	"github.com/litefs-agent/litefs-agent/ltx"
 )
 
@@ -249,7 +250,7 @@ func (st *Store) writeDurable(name string, content func(io.Writer) error) (size 
 	}
 	defer f.Close()
 	size, err = writeBuffered(f, content)
-	if err == nil {
+	if err == nil && !sabotage.On(sabotage.LevelSynced) {
 		err = f.Datasync()
 	}
 	if err == nil {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/litefs-agent/litefs-agent/internal/disk"
+	"github.com/litefs-agent/litefs-agent/internal/sabotage"
 	"github.com/litefs-agent/litefs-agent/internal/sqlitefile"
 )
 
@@ -294,6 +295,10 @@ func (h *dbHandle) ReadAt(p []byte, off int64) (int, error) {
 	}
 	p = p[:min(int64(len(p)), size-off)]
 	if db != nil {
+		if sabotage.On(sabotage.ReadWithoutLock) {
+			db.flushMu.Lock()
+			defer db.flushMu.Unlock()
+		}
 		if err := db.readAt(p, off); err != nil {
 			return 0, err
 		}
@@ -411,7 +416,7 @@ func (db *DB) armed() bool {
 
 func (f *file) syncOrdinary() error {
 	b := f.backing()
-	if b == nil {
+	if b == nil || sabotage.On(sabotage.FileSynced) {
 		return nil
 	}
 	if err := b.Datasync(); err != nil {

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/litefs-agent/litefs-agent/internal/commitlog"
+	"github.com/litefs-agent/litefs-agent/internal/sabotage"
 	"github.com/litefs-agent/litefs-agent/ltx"
 )
 
@@ -209,6 +210,9 @@ func (db *DB) walPending() map[uint32]int64 {
 
 // applyLayer brings the oldest committed layer to the files. db.flushMu is held.
 func (db *DB) applyLayer(l *layer) error {
+	if sabotage.On(sabotage.LogBeforeData) {
+		l.lsn = 0
+	}
 	if err := db.st.wlog.Wait(l.lsn); err != nil {
 		return err
 	}
@@ -237,7 +241,7 @@ func (db *DB) applyLayer(l *layer) error {
 	if err == nil {
 		err = l.sums.writeTo(files.sums)
 	}
-	if err != nil {
+	if err != nil && !sabotage.On(sabotage.WrittenBeforeGone) {
 		return fmt.Errorf("%s: apply committed pages: %w", db.name, err)
 	}
 	db.mu.Lock()
@@ -331,7 +335,7 @@ func (st *Store) checkpoint(below commitlog.LSN) error {
 	// successor has what is dirty.
 	for range 4 {
 		list := st.dirtyBelow(below)
-		if len(list) == 0 {
+		if len(list) == 0 || sabotage.On(sabotage.BaseBeforeReuse) {
 			st.wlog.Release(below)
 			return st.shrink()
 		}
@@ -468,7 +472,7 @@ func (db *DB) syncFiles(base position, many bool) error {
 			return fmt.Errorf("%s: extend to %d: %w", db.name, base.size(), err)
 		}
 	}
-	if many {
+	if many || sabotage.On(sabotage.BaseSynced) {
 		return nil
 	}
 	err = files.data.Datasync()

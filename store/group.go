@@ -257,8 +257,10 @@ func (st *Store) ApplyGroup(list []Incoming) error {
 		}
 		return err
 	}
+	// All parts together fit one log record.
+	large := min(st.opt.Large, st.wlog.MaxPayload()/int64(2*max(1, len(members))))
 	for _, m := range members {
-		p, l, payload, err := m.db.groupIncoming(m.in)
+		p, l, payload, err := m.db.groupIncoming(m.in, large)
 		if err != nil {
 			return undo(err)
 		}
@@ -278,9 +280,10 @@ func (st *Store) ApplyGroup(list []Incoming) error {
 	return nil
 }
 
-// groupIncoming checks one part of a group. All are nil if it is here already.
+// groupIncoming checks one part of a group; beyond large bytes it goes to a file of
+// its own. All are nil if it is here already.
 // db.mu is held.
-func (db *DB) groupIncoming(in Incoming) (*pending, *layer, []byte, error) {
+func (db *DB) groupIncoming(in Incoming, large int64) (*pending, *layer, []byte, error) {
 	dec, h, err := db.checkPosition(in)
 	if dec == nil || err != nil {
 		return nil, nil, nil, err
@@ -293,7 +296,7 @@ func (db *DB) groupIncoming(in Incoming) (*pending, *layer, []byte, error) {
 	err = db.register()
 	var payload []byte
 	if err == nil {
-		payload, err = db.incomingPayload(in, p, h)
+		payload, err = db.incomingPayload(in, p, h, large)
 	}
 	if err != nil {
 		l.Reset()

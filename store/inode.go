@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"github.com/litefs-agent/litefs-agent/internal/disk"
+	"github.com/litefs-agent/litefs-agent/internal/sabotage"
 )
 
 // inodes gives out st_ino values that never repeat over the life of the data
@@ -41,6 +42,9 @@ func openInodes(fs disk.FS) (*inodes, error) {
 		return nil, fmt.Errorf("%s holds %d bytes, not 4: restore it or remove the data folder", inodesName, len(b))
 	default:
 		n.last = binary.BigEndian.Uint32(b)
+	}
+	if sabotage.On(sabotage.InodesKept) {
+		n.last = 1
 	}
 	n.limit = n.last
 	if err := n.reserve(); err != nil {

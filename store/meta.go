@@ -11,6 +11,7 @@ import (
 
 	"github.com/litefs-agent/litefs-agent/internal/commitlog"
 	"github.com/litefs-agent/litefs-agent/internal/disk"
+	"github.com/litefs-agent/litefs-agent/internal/sabotage"
 	"github.com/litefs-agent/litefs-agent/ltx"
 )
 
@@ -58,13 +59,16 @@ func (m dbMeta) base() position {
 // metaLocked describes the database with the given base. db.mu is held.
 func (db *DB) metaLocked(base position) dbMeta {
 	db.metaSeq++
+	lsn := max(db.last, db.lastAny)
+	if !sabotage.On(sabotage.MetaDurable) {
+		lsn = min(lsn, db.st.wlog.Durable()) // the rest may be lost, and its number be another record's
+	}
 	return dbMeta{
 		Seq: db.metaSeq, ID: db.id, Name: db.name, History: db.history,
 		EpochN: db.epoch.N, EpochGrant: db.epoch.Grant,
 		TXID: base.TXID, Checksum: base.PostApplyChecksum, PageSize: base.PageSize, Commit: base.Commit,
 		AckedTXID: db.recs.acked.TXID, AckedSum: db.recs.acked.PostApplyChecksum, Sent: db.recs.mark,
-		// What is not durable may be lost, and its number given to another record.
-		LSN: min(max(db.last, db.lastAny), db.st.wlog.Durable()), Time: db.lastTime.UnixMilli(),
+		LSN: lsn, Time: db.lastTime.UnixMilli(),
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/litefs-agent/litefs-agent/internal/sabotage"
 	"github.com/litefs-agent/litefs-agent/internal/sqlitefile"
 )
 
@@ -486,7 +487,7 @@ func (st *Store) unlinkLive(db *DB, s *sideFile) error {
 	switch {
 	case s.kind == KindJournal && db.journal != nil && db.journal.node == s:
 		if db.journal.armed {
-			if err := db.endTransaction(); err != nil {
+			if err := db.endTransaction(); err != nil && !sabotage.On(sabotage.ErrorHonoured) {
 				return err
 			}
 		}

@@ -172,7 +172,9 @@ func (c *crasher) commitEvent(name string, do func() error) error {
 func (c *crasher) positions() string {
 	var b strings.Builder
 	for _, db := range c.st.all() {
-		fmt.Fprint(&b, db.name, " ", db.Place().Pos, "; ")
+		if pos := db.Place().Pos; !pos.IsZero() {
+			fmt.Fprint(&b, db.name, " ", pos, "; ")
+		}
 	}
 	return b.String()
 }

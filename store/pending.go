@@ -14,6 +14,7 @@ import (
 
 	"github.com/litefs-agent/litefs-agent/internal/commitlog"
 	"github.com/litefs-agent/litefs-agent/internal/disk"
+	"github.com/litefs-agent/litefs-agent/internal/sabotage"
 	"github.com/litefs-agent/litefs-agent/ltx"
 )
 
@@ -144,7 +145,7 @@ func (db *DB) candidates(c change) []uint32 {
 		from = 0
 	}
 	list := slices.Clone(c.pages)
-	for pgno := from + 1; pgno <= c.commit && pgno > from; pgno++ {
+	for pgno := from + 1; pgno <= c.commit && pgno > from && !sabotage.On(sabotage.HolesNamed); pgno++ {
 		list = append(list, pgno)
 	}
 	slices.Sort(list)
@@ -231,7 +232,7 @@ func (db *DB) build(c change) (*pending, []byte, *scratch, error) {
 		}
 		sc.pages = append(sc.pages, ltx.Page{Pgno: pgno, Data: data, CRC: crc})
 	}
-	if len(p.sums) == 0 && c.commit == before.Commit && !resized {
+	if len(p.sums) == 0 && c.commit == before.Commit && !resized && !sabotage.On(sabotage.NothingNothing) {
 		return nil, nil, sc, nil // invariant 25
 	}
 	post := ltx.ChecksumFlag | ltx.Checksum(total)
@@ -270,7 +271,7 @@ func (db *DB) xorSums(from, to uint32) (uint64, error) {
 	var total uint64
 	lock := ltx.LockPgno(max(db.at.PageSize, 512))
 	for pgno := from + 1; pgno <= to; pgno++ {
-		if pgno == lock {
+		if pgno == lock || sabotage.On(sabotage.SumsOfTheGone) {
 			continue
 		}
 		v, err := db.sum(pgno)
@@ -316,7 +317,11 @@ func (db *DB) abort(p *pending, wait bool) error {
 	if wait {
 		mode = commitlog.Staged
 	}
-	lsn, _, err := db.st.wlog.Append(db.header(commitlog.KindAbort, 0), mode, b[:])
+	kind := commitlog.KindAbort
+	if sabotage.On(sabotage.AbortLogged) {
+		kind = commitlog.KindConfirm // that nobody heeds
+	}
+	lsn, _, err := db.st.wlog.Append(db.header(kind, 0), mode, b[:])
 	if err == nil && wait {
 		err = db.st.wlog.Wait(lsn)
 	}
@@ -441,7 +446,7 @@ func (e *sideEncoder) finish(post ltx.Checksum, ent *entry) ([]byte, error) {
 	if err == nil {
 		err = e.out.flush()
 	}
-	if err == nil {
+	if err == nil && !sabotage.On(sabotage.SideSynced) {
 		err = e.file.Datasync()
 	}
 	if err == nil {

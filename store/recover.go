@@ -14,6 +14,7 @@ import (
 
 	"github.com/litefs-agent/litefs-agent/internal/commitlog"
 	"github.com/litefs-agent/litefs-agent/internal/disk"
+	"github.com/litefs-agent/litefs-agent/internal/sabotage"
 	"github.com/litefs-agent/litefs-agent/ltx"
 )
 
@@ -157,8 +158,8 @@ func (r *recovery) replayOne(rec commitlog.Record, off int64, body []byte, group
 		return fmt.Errorf("log record %d is of database %d, which nothing names: %w", rec.LSN, rec.DB, errBadRecord)
 	}
 	x.saw(rec.LSN)
-	if rec.History != 0 && rec.History != x.db.history {
-		if x.hasMeta && rec.LSN <= x.meta.LSN {
+	if old := x.hasMeta && rec.LSN <= x.meta.LSN; rec.History != 0 && rec.History != x.db.history && (!old || !sabotage.On(sabotage.OldLineForgotten)) {
+		if old {
 			return nil // of a line that was replaced since
 		}
 		// Another line replaced the one before: nothing of that counts any more.

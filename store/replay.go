@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/litefs-agent/litefs-agent/internal/sabotage"
 	"github.com/litefs-agent/litefs-agent/ltx"
 )
 
@@ -235,7 +236,7 @@ func (db *DB) checkRecovered() error {
 	if size < want && int64(ltx.LockPgno(db.at.PageSize)) != int64(db.at.Commit) {
 		return fmt.Errorf("the database file has %d bytes, not %d", size, want)
 	}
-	if size != want {
+	if size != want && !sabotage.On(sabotage.SizeAtStart) {
 		if err := files.data.Truncate(want); err != nil {
 			return err
 		}

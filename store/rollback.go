@@ -7,6 +7,7 @@ import (
 	"syscall"
 
 	"github.com/litefs-agent/litefs-agent/internal/commitlog"
+	"github.com/litefs-agent/litefs-agent/internal/sabotage"
 	"github.com/litefs-agent/litefs-agent/internal/sqlitefile"
 )
 
@@ -64,6 +65,11 @@ func (db *DB) writeTxn(h *dbHandle, p []byte, off int64) error {
 	if err != nil {
 		return err
 	}
+	if sabotage.On(sabotage.OverlayOnly) {
+		if files, _ := db.openFiles(false); files != nil {
+			_, _ = files.data.WriteAt(p, off)
+		}
+	}
 	db.size.Store(max(db.size.Load(), off+int64(len(p))))
 	j.writer, j.dirty = h, true
 	return nil
@@ -111,6 +117,9 @@ func (db *DB) supersede() error {
 // reserveTxn keeps the promise that a full disk is met at a WRITE (invariant
 // 23): room in the log, or for a side file, and for the growth of the database.
 func (db *DB) reserveTxn(j *journalState, n, end int64) error {
+	if sabotage.On(sabotage.Reserve) {
+		return nil
+	}
 	need := db.stack.Load().txn.Len() + 2*n + 4096
 	if need > db.st.opt.Large {
 		return db.st.needFree(2 * need)
@@ -180,6 +189,9 @@ func (db *DB) syncDatabase(h *dbHandle) error {
 	}
 	p, lsn := db.pend, db.last
 	db.mu.Unlock()
+	if sabotage.On(sabotage.PrepareDurable) {
+		return nil
+	}
 	err := db.st.waitAsked(lsn)
 	if err == nil {
 		return nil
@@ -206,7 +218,7 @@ func (db *DB) prepare(h *dbHandle) error {
 	if err := db.fenced(); err != nil {
 		return err
 	}
-	if name, err := j.superJournal(); err != nil || name != "" {
+	if name, err := j.superJournal(); err != nil || name != "" && !sabotage.On(sabotage.GroupWhole) {
 		return err
 	}
 	c, ok, err := db.rollbackChange()
@@ -282,7 +294,7 @@ func (db *DB) endTransaction() error {
 	if err != nil {
 		return err
 	}
-	if !held {
+	if !held && !sabotage.On(sabotage.LockHeld) {
 		return db.rollBack()
 	}
 	if err := db.fenced(); err != nil {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/litefs-agent/litefs-agent/internal/commitlog"
 	"github.com/litefs-agent/litefs-agent/internal/disk"
+	"github.com/litefs-agent/litefs-agent/internal/sabotage"
 	"github.com/litefs-agent/litefs-agent/ltx"
 )
 
@@ -126,7 +127,7 @@ func (db *DB) shippable(after ltx.Pos) ([]entry, error) {
 	}
 	durable := db.st.wlog.Durable()
 	n := len(list)
-	for n > i && list[n-1].lsn > durable {
+	for n > i && list[n-1].lsn > durable && !sabotage.On(sabotage.ShipDurable) {
 		n--
 	}
 	if n == i {
@@ -238,7 +239,7 @@ func (db *DB) dropShipment() (*Shipment, error) {
 func (db *DB) markSent(txid ltx.TXID) error {
 	db.mu.Lock()
 	db.recs.sent = max(db.recs.sent, txid)
-	if txid <= db.recs.mark || db.st.opt.Home {
+	if txid <= db.recs.mark || db.st.opt.Home || sabotage.On(sabotage.SentMark) {
 		db.mu.Unlock()
 		return nil
 	}

@@ -10,6 +10,7 @@ import (
 	"syscall"
 
 	"github.com/litefs-agent/litefs-agent/internal/commitlog"
+	"github.com/litefs-agent/litefs-agent/internal/sabotage"
 	"github.com/litefs-agent/litefs-agent/internal/sparse"
 	"github.com/litefs-agent/litefs-agent/internal/sqlitefile"
 	"github.com/litefs-agent/litefs-agent/ltx"
@@ -141,7 +142,7 @@ func (db *DB) readWALHeader(w *walState) error {
 // the next writer does that when the commit was never published.
 func (db *DB) refute(w *walState, off int64) error {
 	p := db.pend
-	if p == nil || !p.wal || off < sqlitefile.WALHeaderSize || off >= p.walEnd {
+	if p == nil || !p.wal || off < sqlitefile.WALHeaderSize || off >= p.walEnd || sabotage.On(sabotage.Refute) {
 		return nil
 	}
 	return db.refuteTentative(w, p)
@@ -216,7 +217,7 @@ func (db *DB) commitFrames(w *walState, end int64, commit uint32) error {
 		w.end, w.sum, p.walEnd = end, sum, end
 		return nil
 	}
-	if db.pend != nil {
+	if db.pend != nil && !sabotage.On(sabotage.OneTentative) {
 		db.confirmWAL(w, db.pend) // chained over: it was published
 	}
 	c := change{pageSize: w.header.PageSize, commit: commit}
@@ -261,7 +262,7 @@ func (db *DB) commitFrames(w *walState, end int64, commit uint32) error {
 		}
 	}
 	db.pend = p
-	if db.file.shmOpen() {
+	if db.file.shmOpen() && !sabotage.On(sabotage.TentativeUntilKnown) {
 		db.st.resolveIn(db, resolveLazy)
 	} else {
 		db.confirmWAL(w, p) // locking_mode=EXCLUSIVE: nobody else can be asked
@@ -384,7 +385,7 @@ func (db *DB) checkpointWrite(w *walState, p []byte, off int64) error {
 		pgno := uint32((off+i)/ps) + 1
 		sum := uint64(ltx.PageChecksum(pgno, p[i:i+ps]))
 		sums = append(sums, sum)
-		if _, ok := w.versions[sum]; !ok && !db.committedVersion(pgno, sum) {
+		if _, ok := w.versions[sum]; !ok && !db.committedVersion(pgno, sum) && !sabotage.On(sabotage.CheckpointVersion) {
 			return fmt.Errorf("%s: page %d is no version of this WAL: %w", db.name, pgno, ErrRefused)
 		}
 		if db.pend != nil && db.pend.wal && db.pend.has(pgno, sum) {
@@ -514,6 +515,9 @@ func (db *DB) syncWAL(w *walState) error {
 	w.synced = true
 	lsn, tentative := db.last, db.pend != nil
 	db.mu.Unlock()
+	if sabotage.On(sabotage.WALSyncDurable) {
+		return nil
+	}
 	if err := db.st.waitAsked(lsn); err != nil {
 		err = fmt.Errorf("%s: make the log durable: %w", db.name, err)
 		db.fenceWith(err)

@@ -586,6 +586,32 @@ func TestDamage(t *testing.T) {
 	}
 }
 
+// TestDamageInTheLastSegment is TestDamage where no segment follows: only what a
+// later record says of the durable ones tells a hole from a torn tail.
+func TestDamageInTheLastSegment(t *testing.T) {
+	for bad := range 10 {
+		d := simdisk.New(simdisk.Options{Seed: 5})
+		o := Options{FS: d, Dir: "log", SegmentSize: 64 << 10, inline: true}
+		l, _ := openLog(t, o)
+		var refs []Ref
+		for i := range 12 {
+			lsn, ref := mustAppend(t, l, Mode(i%3), payloadOf(i, 2000))
+			refs = append(refs, ref)
+			if err := l.Wait(lsn); err != nil {
+				t.Fatal(err)
+			}
+		}
+		l.Close()
+		o.FS = d.Kill()
+		o.FS.(*simdisk.Disk).Corrupt(path.Join("log", slotName(refs[bad].Slot, extSegment)), refs[bad].Off+7, 0x10)
+		l, got := openLog(t, o)
+		if dmg := l.Damage(); len(dmg) != 1 || dmg[0].From != LSN(bad+1) || len(got) != 11 {
+			t.Fatalf("record %d: %d records, damage %+v", bad+1, len(got), dmg)
+		}
+		l.Close()
+	}
+}
+
 // TestDamagedHeader loses the header of each segment in turn.
 func TestDamagedHeader(t *testing.T) {
 	for bad := range 4 {

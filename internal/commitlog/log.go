@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/litefs-agent/litefs-agent/internal/disk"
+	"github.com/litefs-agent/litefs-agent/internal/sabotage"
 )
 
 // Log is the durable log. It is safe for concurrent use.
@@ -186,7 +187,7 @@ func (l *Log) Append(h Header, mode Mode, payload ...[]byte) (LSN, Ref, error) {
 	rec := l.encodeLocked(h, off, n, payload)
 	seg := l.cur()
 	ref := Ref{Slot: seg.slot.id, Seq: seg.hdr.seq, Off: off + headerSize, Len: int32(n)}
-	if mode == Staged {
+	if mode == Staged || sabotage.On(sabotage.AppendBeforeReply) {
 		return rec.lsn, ref, nil
 	}
 	if mode == Lazy && l.takenN == len(l.recs)-1 {
@@ -248,7 +249,7 @@ func (l *Log) nextOffsetLocked(mode Mode) int64 {
 	switch {
 	case l.takenN < len(l.recs): // a batch waits in memory: join it
 		return l.end
-	case mode == Lazy && !l.tailDirect && !l.sealed:
+	case mode == Lazy && !l.tailDirect && (!l.sealed || sabotage.On(sabotage.BlockSealed)):
 		return l.end
 	case mode != Lazy && l.tailDirect:
 		return roundUp(l.end, l.block)
@@ -355,6 +356,9 @@ func writeFull(f disk.File, p []byte, off int64) error {
 
 func (l *Log) datasync(f disk.File) error {
 	l.n.fdatasyncs.Add(1)
+	if sabotage.On(sabotage.Flush) {
+		return nil
+	}
 	return f.Datasync()
 }
 
@@ -402,6 +406,9 @@ func (l *Log) flushLocked() {
 		f := l.cur().slot.f
 		l.mu.Unlock()
 		err = l.datasync(f)
+		if err != nil && sabotage.On(sabotage.FailedFileLeft) {
+			err = l.datasync(f)
+		}
 		l.mu.Lock()
 		if err == nil {
 			l.n.flushes.Add(1)

@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 
 	"github.com/litefs-agent/litefs-agent/internal/disk"
+	"github.com/litefs-agent/litefs-agent/internal/sabotage"
 )
 
 // Endings of file names. A damaged segment is still part of the log until it is
@@ -142,6 +143,9 @@ func (l *Log) newHeader(first LSN) (segHeader, error) {
 	var salt [8]byte
 	if _, err := io.ReadFull(l.o.Rand, salt[:]); err != nil {
 		return segHeader{}, err
+	}
+	if sabotage.On(sabotage.Chain) {
+		salt = [8]byte{}
 	}
 	h := segHeader{
 		size: l.o.SegmentSize, seq: l.nextSeq, salt: binary.LittleEndian.Uint64(salt[:]), first: first, oldest: l.nextSeq,

@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 
 	"github.com/litefs-agent/litefs-agent/internal/disk"
+	"github.com/litefs-agent/litefs-agent/internal/sabotage"
 )
 
 // BlockSize is the unit of memory, SectorSize that of coverage, in bytes.
@@ -38,7 +39,7 @@ func NewPool(budget int64, spill func() (disk.File, error)) *Pool {
 func (p *Pool) Used() int64 { return p.used.Load() }
 
 func (p *Pool) get() *[BlockSize]byte {
-	if p.used.Add(BlockSize) > p.budget {
+	if p.used.Add(BlockSize) > p.budget && !sabotage.On(sabotage.Budget) {
 		p.used.Add(-BlockSize)
 		return nil
 	}

@@ -169,6 +169,17 @@ func (w *World) Kill() {
 	}
 }
 
+// Orphan is the end of the program that was at work: its locks are gone. Others
+// that have the files open live on.
+func (w *World) Orphan() {
+	for _, db := range w.DBs {
+		db.reserved, db.walLock = false, false
+		if db.Exclusive {
+			db.closeAll() // there are no others
+		}
+	}
+}
+
 func (db *DB) closeAll() {
 	db.reserved, db.walLock, db.open = false, false, false
 	for _, f := range []*File{&db.db, &db.journal, &db.wal, &db.shm} {

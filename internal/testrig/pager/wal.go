@@ -17,6 +17,7 @@ const (
 // there, the rest is kept here.
 type walIndex struct {
 	attached bool // a living program has it
+	torn     bool // the copies of its header differ: whoever looks recovers it from the WAL
 	change   uint32
 	mx       int // last published frame
 	pages    int
@@ -58,7 +59,7 @@ func (db *DB) attach() error {
 			return err
 		}
 	}
-	if db.index == nil || !db.index.attached {
+	if db.index == nil || !db.index.attached || db.index.torn {
 		return db.recoverWAL()
 	}
 	return nil
@@ -149,7 +150,9 @@ func (db *DB) publish() error {
 	o.PutUint32(b[44:], s[1])
 	// A program writes into its mapping: no call, no error, but it may die between.
 	_, err := db.shm.WriteAt(b, 48)
+	x.torn = true
 	db.w.step()
+	x.torn = false
 	if err == nil {
 		_, err = db.shm.WriteAt(b, 0)
 	}
@@ -257,8 +260,8 @@ func (db *DB) commitWAL(ch Change) error {
 			return db.failWAL(err)
 		}
 	}
-	x.frames, x.sum, x.mx, x.pages = frames, sum, len(frames), ch.Count
 	db.w.step()
+	x.frames, x.sum, x.mx, x.pages = frames, sum, len(frames), ch.Count
 	if err := db.publish(); err != nil {
 		return err
 	}
