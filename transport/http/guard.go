@@ -1,6 +1,7 @@
 package http
 
 import (
+	"container/list"
 	"context"
 	"errors"
 	"net"
@@ -32,7 +33,7 @@ type guard struct {
 
 	mu        sync.Mutex // guards what follows
 	conns     int
-	strangers int
+	strangers list.List // of *guardedConn, oldest first
 	origins   map[netip.Prefix]*origin
 }
 
@@ -78,34 +79,55 @@ func (g *guard) originLocked(p netip.Prefix) *origin {
 	return o
 }
 
-// admit reports whether one more connection may be held, and counts it.
-func (g *guard) admit(p netip.Prefix) bool {
+// admit reports whether one more connection may be held, and counts it. Where
+// strangers are in its way the oldest of them goes, and is returned to be cut: a
+// node that shares its address with a flood still gets through.
+func (g *guard) admit(c *guardedConn) (victim *guardedConn, ok bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	o := g.originLocked(p)
+	o := g.originLocked(c.origin)
+	full := false // without a victim there is no room
 	switch {
-	case g.conns >= g.maxConns, g.strangers >= strangersInAll, o.strangers >= strangersPerOrigin:
-	case o.conns >= connsPerOrigin && !p.Addr().IsLoopback():
-	default:
-		g.conns++
-		g.strangers++
-		o.conns++
-		o.strangers++
-		return true
+	case o.strangers >= strangersPerOrigin:
+		victim = g.oldestLocked(c.origin)
+	case o.conns >= connsPerOrigin && !c.origin.Addr().IsLoopback():
+		victim, full = g.oldestLocked(c.origin), true
+	case g.conns >= g.maxConns, g.strangers.Len() >= strangersInAll:
+		full = true
+		if oldest := g.strangers.Front(); oldest != nil {
+			victim = oldest.Value.(*guardedConn)
+		}
 	}
-	return false
+	if full && victim == nil {
+		return nil, false
+	}
+	if victim != nil {
+		victim.closed = true
+		g.releaseLocked(victim)
+		o = g.originLocked(c.origin) // it may have gone with its last connection
+	}
+	g.conns++
+	o.conns++
+	o.strangers++
+	c.stranger = g.strangers.PushBack(c)
+	return victim, true
 }
 
-func (g *guard) release(c *guardedConn) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
+// oldestLocked returns the oldest stranger of an origin, nil if it has none.
+func (g *guard) oldestLocked(p netip.Prefix) *guardedConn {
+	for e := g.strangers.Front(); e != nil; e = e.Next() {
+		if c := e.Value.(*guardedConn); c.origin == p {
+			return c
+		}
+	}
+	return nil
+}
+
+func (g *guard) releaseLocked(c *guardedConn) {
 	o := g.origins[c.origin]
 	g.conns--
 	o.conns--
-	if !c.known {
-		g.strangers--
-		o.strangers--
-	}
+	g.knownLocked(c)
 	if o.conns == 0 && o.forgive(time.Now()) == 0 {
 		delete(g.origins, c.origin)
 	}
@@ -115,9 +137,13 @@ func (g *guard) release(c *guardedConn) {
 func (g *guard) known(c *guardedConn) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if !c.known && !c.closed {
-		c.known = true
-		g.strangers--
+	g.knownLocked(c)
+}
+
+func (g *guard) knownLocked(c *guardedConn) {
+	if c.stranger != nil {
+		g.strangers.Remove(c.stranger)
+		c.stranger = nil
 		g.origins[c.origin].strangers--
 	}
 }
@@ -153,12 +179,16 @@ func (l guardedListener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		p := originOf(conn.RemoteAddr().String())
-		if !l.g.admit(p) {
+		c := &guardedConn{Conn: conn, g: l.g, origin: originOf(conn.RemoteAddr().String())}
+		victim, ok := l.g.admit(c)
+		if victim != nil {
+			cut(victim.Conn)
+		}
+		if !ok {
 			cut(conn)
 			continue
 		}
-		return &guardedConn{Conn: conn, g: l.g, origin: p}, nil
+		return c, nil
 	}
 }
 
@@ -177,18 +207,17 @@ type guardedConn struct {
 	g      *guard
 	origin netip.Prefix
 
-	known  bool // guarded by g.mu
-	closed bool // guarded by g.mu
+	stranger *list.Element // guarded by g.mu; nil once good credentials were shown
+	closed   bool          // guarded by g.mu
 }
 
 func (c *guardedConn) Close() error {
 	c.g.mu.Lock()
-	first := !c.closed
-	c.closed = true
-	c.g.mu.Unlock()
-	if first {
-		c.g.release(c)
+	if !c.closed {
+		c.closed = true
+		c.g.releaseLocked(c)
 	}
+	c.g.mu.Unlock()
 	return c.Conn.Close()
 }
 

@@ -111,8 +111,12 @@ func TestStrangersAreBounded(t *testing.T) {
 	if n := open.Load(); n < 200 || n > 256 {
 		t.Errorf("%d of %d idle connections are held, want 256", n, len(conns))
 	}
+	began := time.Now()
 	exchange(t, stream, 50)
-	exchange(t, poll, 50)
+	exchange(t, poll, 50) // over a new connection
+	if took := time.Since(began); took > 5*time.Second {
+		t.Errorf("nodes waited %s: until strangers were timed out", took)
+	}
 	for _, conn := range conns {
 		conn.Close()
 	}
