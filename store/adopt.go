@@ -291,7 +291,7 @@ func (st *Store) heir(db *DB, f *file) *DB {
 	nd.id, nd.history, nd.epoch = db.id, db.history, db.epoch
 	nd.at, nd.last, nd.lastAny, nd.lastTime = db.at, db.last, db.lastAny, db.lastTime
 	nd.base, nd.applied, nd.metaSeq, nd.dirty = db.base, db.applied, db.metaSeq, db.dirty
-	nd.recs, nd.side, nd.metaSlot = db.recs, db.side, db.metaSlot
+	nd.recs, nd.side, nd.metaSlot, nd.metaNamed = db.recs, db.side, db.metaSlot, db.metaNamed
 	return nd
 }
 

@@ -89,11 +89,12 @@ type DB struct {
 	ackWritten ltx.TXID // of the last ack record in the log
 	ackTime    time.Time
 
-	files    atomic.Pointer[dbFiles]
-	onDisk   atomic.Bool // the database file was made
-	filesMu  sync.Mutex  // held while opening and closing files
-	metaFile disk.File   // guarded by flushMu
-	metaSlot int         // of the newest durable metadata; guarded by flushMu
+	files     atomic.Pointer[dbFiles]
+	onDisk    atomic.Bool // the database file was made
+	filesMu   sync.Mutex  // held while opening and closing files
+	metaFile  disk.File   // guarded by flushMu
+	metaSlot  int         // of the newest durable metadata; guarded by flushMu
+	metaNamed bool        // its name is durable; guarded by flushMu
 }
 
 const dbsDir = "dbs"

@@ -92,12 +92,10 @@ func (db *DB) writeMeta(m dbMeta, many bool) error {
 	if err := db.makeDir(); err != nil {
 		return fmt.Errorf("%s: make its folder: %w", db.name, err)
 	}
-	made := false
 	if db.metaFile == nil {
 		name := path.Join(db.dir, "meta")
 		f, err := db.st.fs.OpenFile(name, os.O_RDWR, 0o600)
 		if errors.Is(err, os.ErrNotExist) {
-			made = true
 			f, err = db.st.fs.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
 		}
 		if err != nil {
@@ -114,10 +112,12 @@ func (db *DB) writeMeta(m dbMeta, many bool) error {
 	if err := db.metaFile.Datasync(); err != nil {
 		return fmt.Errorf("%s: make its metadata durable: %w", db.name, err)
 	}
-	if made {
-		return db.st.fs.SyncDir(db.dir)
+	if db.metaNamed {
+		return nil
 	}
-	return nil
+	err = db.st.fs.SyncDir(db.dir)
+	db.metaNamed = err == nil
+	return err
 }
 
 // readMeta returns the newest valid slot; ok is false if there is none.

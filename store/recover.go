@@ -295,7 +295,7 @@ func (x *recovering) takeMeta() {
 		return
 	}
 	db, m := x.db, x.meta
-	db.metaSeq, db.metaSlot = m.Seq, m.slot
+	db.metaSeq, db.metaSlot, db.metaNamed = m.Seq, m.slot, true
 	if m.History == db.history || x.rebased == db.history {
 		db.base = m.base()
 	}
