@@ -223,9 +223,11 @@ func (s *Server) unmount() error {
 	}
 	s.raw.peer.close()
 	if !busy {
+		var st unix.Stat_t
+		statErr := unix.Stat(s.dir, &st)
 		err := s.politely()
 		if err == nil || !errors.Is(err, unix.EBUSY) {
-			return s.gone(err)
+			return s.gone(err, func() error { return abortByNumber(&st, statErr) })
 		}
 	}
 	return s.forcibly()
@@ -243,10 +245,15 @@ func (s *Server) politely() (err error) {
 	return err
 }
 
+// copyWait is how long a connection may outlive its unmount before it is aborted.
+const copyWait = 300 * time.Millisecond
+
 // gone waits for the end of the connection after an unmount with the given
 // result; where it did not work for another reason than being busy, the mount may
-// be gone already.
-func (s *Server) gone(err error) error {
+// be gone already. Where another mount namespace has a copy of the mount, as
+// containers and sandboxes do, the connection is aborted: it would live as long as
+// that. Without fusectl in /sys it serves errors until the process ends.
+func (s *Server) gone(err error, abort func() error) error {
 	select {
 	case <-s.conn.done:
 		return nil
@@ -255,7 +262,20 @@ func (s *Server) gone(err error) error {
 	if err != nil {
 		return errors.Join(err, s.forcibly())
 	}
+	select {
+	case <-s.conn.done:
+		return nil
+	case <-time.After(copyWait):
+	}
+	s.conn.drain.Store(true)
+	s.spoil()
+	if err := abort(); err != nil {
+		// It answers ENOTCONN from here on, and ends with the process.
+		s.log.Warn("another mount namespace has a copy of the mount: it ends with this process", "path", s.dir, "err", err)
+		return nil
+	}
 	<-s.conn.done
+	s.log.Warn("a copy of the mount in another mount namespace was ended", "path", s.dir)
 	return nil
 }
 

@@ -277,6 +277,43 @@ func TestCloseInUse(t *testing.T) {
 	}
 }
 
+// TestCloseWithCopy closes a mount of which another mount namespace has a copy, as
+// a container has: the connection must not live as long as that.
+func TestCloseWithCopy(t *testing.T) {
+	for _, tc := range []struct {
+		method string
+		uid    uint32
+	}{{"direct", 0}, {"fusermount", ordinaryUser}} {
+		t.Run(tc.method, func(t *testing.T) {
+			dir := filepath.Join(userFolder(t), "m")
+			s, _ := startServer(t, dir, tc.method, tc.uid, true)
+			copied := exec.Command("sleep", "60")
+			copied.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+			if err := copied.Start(); err != nil {
+				t.Fatal(err)
+			}
+			defer func() {
+				copied.Process.Kill()
+				copied.Wait()
+			}()
+			root := fmt.Sprintf("/proc/%d/root", copied.Process.Pid)
+			if _, err := os.Stat(filepath.Join(root, dir)); err != nil {
+				t.Fatal(err)
+			}
+			start := time.Now()
+			if got := s.stop(); !strings.HasSuffix(got, "closed") {
+				t.Errorf("got %s, want closed", got)
+			}
+			if took := time.Since(start); took > 10*time.Second {
+				t.Errorf("closing took %s", took)
+			}
+			if _, err := os.Stat(filepath.Join(root, dir, "x")); !errors.Is(err, syscall.ENOTCONN) {
+				t.Errorf("in the copy: got %v, want %v", err, syscall.ENOTCONN)
+			}
+		})
+	}
+}
+
 // TestUnmountedByOthers takes the mount away from outside.
 func TestUnmountedByOthers(t *testing.T) {
 	dir := filepath.Join(folder(t), "m")

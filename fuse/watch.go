@@ -240,6 +240,12 @@ func abort(how, dir string, st *unix.Stat_t, statErr error) error {
 			return nil
 		}
 	}
+	return abortByNumber(st, statErr)
+}
+
+// abortByNumber ends the connection of a mount whose root has the attributes st:
+// root may, and whoever mounted it.
+func abortByNumber(st *unix.Stat_t, statErr error) error {
 	if statErr != nil {
 		return statErr
 	}
