@@ -152,6 +152,7 @@ func (db *DB) NewHistory() error {
 	lsn, _, err := db.st.wlog.Append(db.header(commitlog.KindBase, 0), commitlog.Staged, nil)
 	if err == nil {
 		db.lastAny = lsn
+		db.markDirty(lsn) // until the metadata names the new history, only the log does
 		m.LSN = lsn
 	} else {
 		db.history, db.recs = oldHistory, old
