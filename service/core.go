@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"syscall"
 
 	"github.com/litefs-agent/litefs-agent/fuse"
 	"github.com/litefs-agent/litefs-agent/internal/config"
@@ -129,6 +130,9 @@ func (c *Core) Recover(opt store.Options) (*store.Store, error) {
 	opt.FS, opt.Node, opt.Logger = c.Data.FS, c.ID, c.log
 	st, err := store.Open(opt)
 	if err != nil {
+		if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+			err = fmt.Errorf("%w; nothing is lost: free some space there and start again", err)
+		}
 		return nil, fmt.Errorf("recover the data folder %s: %w", c.opt.DataDir, err)
 	}
 	st.Watch(func(*store.DB) { c.changes.happened() })
