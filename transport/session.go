@@ -537,7 +537,9 @@ func (s *session) queuePong(clock uint64) {
 		s.pong = true
 		s.out, _ = AppendFrame(s.out, &Pong{Echo: clock}, MinMaxFrame)
 		wake(s.wakeWriter)
-		s.timer.Reset(s.idle) // no need to look before
+		if s.rtt.Load() != 0 { // else the first look, which asks for it, would never come
+			s.timer.Reset(s.idle) // no need to look before
+		}
 	}
 }
 
