@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests and the demo need and this Debian lacks. Says nothing
 # and needs no rights when nothing is missing. Usage: setup.sh [test] [race] [arm] [bench] [sqlite]
-#   test  tools for the file systems that the data folder is tested on
+#   test  tools for the file systems that the data folder is tested on, and strace
 #   race  a C compiler, for the race detector      arm  qemu-arm, to run ARM code
 #   bench  a C compiler, strace, tools for loop devices
 #   sqlite  a C compiler, make and Tcl, to build SQLite's own test programs
@@ -30,6 +30,7 @@ for group in "$@"; do
 	test)
 		need mkfs.ext4 e2fsprogs; need losetup mount; need mkfs.xfs xfsprogs; need mkfs.btrfs btrfs-progs
 		need mkfs.f2fs f2fs-tools; need mkfs.vfat dosfstools
+		need strace strace
 		;;
 	race) need gcc gcc; [ -e /usr/include/stdlib.h ] || packages+=(libc6-dev) ;;
 	arm) need qemu-arm qemu-user ;;
