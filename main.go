@@ -87,7 +87,7 @@ Exit status: 0 done, 1 failed or not healthy, 2 used wrongly.`,
 	root.SetErr(a.stderr)
 	root.PersistentFlags().StringVar(&a.socket, "socket", "",
 		"control `PATH` of the service to talk to (default "+control.NodeSocket+", else "+control.HubSocket+")")
-	root.AddCommand(newMount(a), newJoin(a), newStatus(a), newWait(a), newExport(a), newVerify(a), newEvents(a), newLTX(a), newConfig(a), newVersion(a), newWatch(a))
+	root.AddCommand(newMount(a), newJoin(a), newStatus(a), newWait(a), newExport(a), newImport(a), newVerify(a), newEvents(a), newLTX(a), newConfig(a), newVersion(a), newWatch(a))
 	addHub(a, root)
 	a.markStarted(root)
 	return root

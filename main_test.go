@@ -130,6 +130,14 @@ func (fakeService) Export(_ context.Context, db string, w io.Writer) error {
 	return nil
 }
 
+func (fakeService) Import(_ context.Context, db string, r io.Reader) error {
+	b, err := io.ReadAll(r)
+	if err == nil && string(b) != "content of "+db {
+		err = errors.New("what is to be " + db + " is no whole SQLite database")
+	}
+	return err
+}
+
 func (fakeService) Verify(_ context.Context, db string, report func(control.Check)) error {
 	report(control.Check{DB: "app.db", Object: "database", Done: 1, Total: 2, OK: true})
 	problem := "page 7 differs"

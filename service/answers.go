@@ -72,6 +72,19 @@ func (c *Core) Export(ctx context.Context, name string, w io.Writer) error {
 	return err
 }
 
+// Import implements control.Service.
+func (c *Core) Import(ctx context.Context, name string, r io.Reader) error {
+	st := c.st.Load()
+	if st == nil {
+		return ErrStarting
+	}
+	db, err := st.Import(name, r)
+	if err == nil {
+		c.log.Info("database imported", "db", name, "pos", db.Pos())
+	}
+	return err
+}
+
 // contextWriter ends a long copy when the client has gone.
 type contextWriter struct {
 	ctx context.Context

@@ -99,6 +99,16 @@ func (c *Client) Export(ctx context.Context, db string, w io.Writer) error {
 	})
 }
 
+// Import makes the SQLite file in r the content of db. When it returns nil that is
+// durable.
+func (c *Client) Import(ctx context.Context, db string, r io.Reader) error {
+	resp, err := c.send(ctx, http.MethodPost, "/import", url.Values{"db": {db}}, r)
+	if err != nil {
+		return err
+	}
+	return resp.Body.Close()
+}
+
 // Verify has db verified, or with "" everything, and calls report for each
 // thing looked at.
 func (c *Client) Verify(ctx context.Context, db string, report func(Check)) error {
@@ -204,7 +214,12 @@ func (c *Client) stream(ctx context.Context, method, path, db string, consume fu
 
 // do makes a request and turns a refusal into its error.
 func (c *Client) do(ctx context.Context, method, path string, query url.Values) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, method, "http://service"+path+"?"+query.Encode(), nil)
+	return c.send(ctx, method, path, query, nil)
+}
+
+// send is do with a body.
+func (c *Client) send(ctx context.Context, method, path string, query url.Values, body io.Reader) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, method, "http://service"+path+"?"+query.Encode(), body)
 	if err != nil {
 		return nil, err
 	}

@@ -4,6 +4,7 @@
 //	GET  /status                          one JSON object: StatusNode or StatusHub
 //	GET  /wait?db=&txid=&acked=1&timeout= returns when the position is reached
 //	GET  /export?db=                      the SQLite file
+//	POST /import?db=                      body: an SQLite file; 204 once it is durable
 //	POST /verify?db=                      JSON lines, each a Check; without db: all
 //	GET  /ltx?db=                         a tar of MIN-MAX.ltx files
 //	GET  /events?db=                      JSON lines, each an Event, until somebody ends it; without db: of all
@@ -40,6 +41,9 @@ type Service interface {
 	Wait(ctx context.Context, db string, txid ltx.TXID, acked bool) error
 	// Export writes db as one consistent SQLite file. Errors: ErrNoDatabase.
 	Export(ctx context.Context, db string, w io.Writer) error
+	// Import makes the SQLite file in r the content of db, as one durable
+	// transaction.
+	Import(ctx context.Context, db string, r io.Reader) error
 	// Verify recomputes the checksums of db, or with "" of everything, and calls
 	// report for each thing it has looked at, good or bad, from one goroutine.
 	// What does not hold is a Check that says so, not an error: an error says

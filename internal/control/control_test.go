@@ -99,6 +99,17 @@ func (f *fakeService) Verify(_ context.Context, db string, report func(control.C
 	return nil
 }
 
+func (f *fakeService) Import(_ context.Context, db string, r io.Reader) error {
+	if err := f.find(db); err != nil {
+		return err
+	}
+	n, err := io.Copy(io.Discard, r)
+	if err == nil && n != 1000 {
+		err = errDisk
+	}
+	return err
+}
+
 func (f *fakeService) ExportLTX(_ context.Context, db string, create control.CreateFunc) error {
 	if err := f.find(db); err != nil {
 		return err

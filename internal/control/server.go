@@ -149,6 +149,7 @@ func (s *Server) handler() http.Handler {
 	mux.HandleFunc("GET /status", s.status)
 	mux.HandleFunc("GET /wait", s.wait)
 	mux.HandleFunc("GET /export", s.export)
+	mux.HandleFunc("POST /import", s.importDB)
 	mux.HandleFunc("POST /verify", s.verify)
 	mux.HandleFunc("GET /ltx", s.exportLTX)
 	mux.HandleFunc("GET /events", s.events)
@@ -232,6 +233,19 @@ func (s *Server) export(w http.ResponseWriter, r *http.Request) {
 	s.stream(w, r, "application/vnd.sqlite3", func(db string, body io.Writer) error {
 		return s.service.Export(r.Context(), db, body)
 	})
+}
+
+func (s *Server) importDB(w http.ResponseWriter, r *http.Request) {
+	db := r.URL.Query().Get("db")
+	if db == "" {
+		refuse(w, http.StatusBadRequest, errors.New("db is missing"))
+		return
+	}
+	if err := s.service.Import(r.Context(), db, r.Body); err != nil {
+		refuse(w, statusOf(err), err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
 }
 
 func (s *Server) verify(w http.ResponseWriter, r *http.Request) {
