@@ -1,4 +1,4 @@
-package e2e_test
+package e2e
 
 import (
 	"os"
@@ -26,13 +26,19 @@ func TestImport(t *testing.T) {
 
 	// A connection that has the database in its cache sees the new content.
 	open := env.Session(path)
-	open.Want("SELECT count(*) FROM t;", "10")
+	want := func(sql, want string) {
+		t.Helper()
+		if got := open.Do(sql); got != want {
+			t.Errorf("%s: got %s, want %s", sql, got, want)
+		}
+	}
+	want("SELECT count(*) FROM t;", "10")
 	env.Must(node.Client("import", "--db", "a.db", two), "")
-	open.Want("SELECT count(*) FROM t;", "500")
-	open.Want("INSERT INTO t VALUES('x',0); SELECT count(*) FROM t;", "501")
+	want("SELECT count(*) FROM t;", "500")
+	want("INSERT INTO t VALUES('x',0); SELECT count(*) FROM t;", "501")
 	txid(env, path, 3)
 
-	open.Want("PRAGMA journal_mode=wal; INSERT INTO t VALUES('y',0);", "wal")
+	want("PRAGMA journal_mode=wal; INSERT INTO t VALUES('y',0);", "wal")
 	out, err := testrig.Output(node.Client("import", "--db", "a.db", one), "")
 	if err == nil || !strings.Contains(out, "in use") {
 		t.Errorf("import over a WAL in use: got %v, %s", err, out)

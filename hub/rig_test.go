@@ -151,8 +151,10 @@ func (r *rig) closeHub(cut bool) {
 	r.relay.aim("")
 	if cut {
 		r.acked = map[string]store.Info{}
-		for _, db := range r.node.DBs() {
-			r.acked[db.Name()] = db.Info()
+		if r.node != nil {
+			for _, db := range r.node.DBs() {
+				r.acked[db.Name()] = db.Info()
+			}
 		}
 		r.hubFS = r.hubFS.(*simdisk.Disk).Cut(r.rng) // first: everything after fails
 	}
