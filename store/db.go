@@ -247,6 +247,9 @@ func (db *DB) openFiles(create bool) (*dbFiles, error) {
 	if f := db.files.Load(); f != nil {
 		return f, nil
 	}
+	if !create && !db.onDisk.Load() {
+		return nil, nil // it went while this waited
+	}
 	flag := os.O_RDWR
 	if create {
 		flag |= os.O_CREATE

@@ -262,8 +262,8 @@ func (db *DB) prepareFiles(l *layer) error {
 	fsys := db.st.fs
 	if l.fresh {
 		db.mu.Lock()
+		db.onDisk.Store(false) // first: nobody opens again what goes
 		db.closeFiles()
-		db.onDisk.Store(false)
 		db.mu.Unlock()
 		for _, name := range []string{"data", "sums"} {
 			if err := fsys.Remove(path.Join(db.dir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -279,7 +279,8 @@ func (db *DB) prepareFiles(l *layer) error {
 		}
 		if l.adopted {
 			db.mu.Lock()
-			db.closeFiles() // those of a dropped database of the name
+			db.onDisk.Store(false) // as above: a stale file would be taken for the one that moves here
+			db.closeFiles()        // those of a dropped database of the name
 			db.mu.Unlock()
 			if err := fsys.Rename(name, path.Join(db.dir, "data")); err != nil && !errors.Is(err, os.ErrNotExist) {
 				return fmt.Errorf("%s: take over the file: %w", db.name, err)
