@@ -22,13 +22,13 @@ func TestPageSizeByVacuum(t *testing.T) {
 			t.Run(mode, func(t *testing.T) {
 				t.Parallel()
 				p := newPair(env.For(t), node, mode, mode, "PRAGMA cache_size=20;")
-				p.do("PRAGMA page_size=512; VACUUM; CREATE TABLE t(v,n); CREATE INDEX i ON t(n);" + fill("t", 900, 700))
+				p.do("PRAGMA page_size=512; VACUUM; CREATE TABLE t(v,n); CREATE INDEX i ON t(n);" + fill("t", 200, 700))
 				for _, size := range []string{"65536", "512", "65536", "512"} {
 					p.run(step{"page size " + size, "PRAGMA page_size=" + size + "; VACUUM; PRAGMA page_size;", 1, same})
 					if got := p.do("PRAGMA page_size;"); got != size {
 						t.Fatalf("page size: got %s, want %s", got, size)
 					}
-					p.run(step{"rows", "DELETE FROM t WHERE n%3=1;" + fill("t", 300, 700), 2, same})
+					p.run(step{"rows", "DELETE FROM t WHERE n%3=1;" + fill("t", 60, 700), 2, same})
 				}
 				p.finish()
 			})
