@@ -23,7 +23,7 @@ AS_ROOT     = $(if $(filter-out 0,$(shell id -u)),sudo)
 export CGO_ENABLED := 0
 export VERSION COMMIT
 
-.PHONY: help build install demo fresh test soak sabotage race test-arm check fmt vet lint imports cross bench bench-go sqlite-tests fuzz man setup clean
+.PHONY: help build install demo fresh test test-f2fs soak sabotage race test-arm check fmt vet lint imports cross bench bench-go sqlite-tests fuzz man setup clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -104,6 +104,11 @@ sabotage: ## switch off each durability rule in turn, and show the test that not
 race: ## every test under the race detector (amd64 and arm64)
 	@scripts/setup.sh test race
 	CGO_ENABLED=1 $(GO) run ./internal/tools/citest -race ./...
+
+# Root; Debian's packages user-mode-linux and kmod. Not part of make test.
+test-f2fs: ## power cuts with the data folder on f2fs, and vfat refused, in a kernel that has both (user-mode-linux)
+	@scripts/setup.sh test
+	scripts/uml.sh '^(TestFileSystems|TestUnfitFileSystems)$$/^(f2fs|vfat)$$' TestFileSystems/f2fs TestUnfitFileSystems/vfat
 
 # Packages that need no mount run as 32-bit ARM code under emulation.
 test-arm: ## the tests of the formats as ARMv6 code, under qemu-user
