@@ -71,6 +71,11 @@ func (g *generator) statement() string {
 	}
 }
 
+// knownStreams found something once. The first: a savepoint is rolled back in a WAL
+// transaction that had written frames again, and SQLite leaves frames without
+// checksums in the WAL of a commit that counts.
+var knownStreams = []uint64{7676334372759981094}
+
 // A random stream of SQL gives the same results and the same files on the mount
 // as on plain ext4.
 func TestRandomSQL(t *testing.T) {
@@ -78,8 +83,14 @@ func TestRandomSQL(t *testing.T) {
 	env := testrig.New(t)
 	node := env.Node(testrig.Options{})
 	t.Run("streams", func(t *testing.T) {
-		for i := range 12 * *soak {
-			seed := r.Uint64()
+		for i := range 12**soak + len(knownStreams) {
+			n := i - 12**soak
+			var seed uint64
+			if n < 0 {
+				seed = r.Uint64()
+			} else {
+				seed = knownStreams[n]
+			}
 			t.Run(fmt.Sprint(i), func(t *testing.T) {
 				t.Parallel()
 				env := env.For(t)

@@ -27,10 +27,11 @@ type machine struct {
 	failIn  int   // operations of its kind until then
 	stopAt  int64
 
-	wasCut  bool
-	errored bool // an injected error was seen in this life
-	full    bool // the capacity of the disk was bounded in this life
-	forgot  map[string]bool
+	wasCut   bool
+	errored  bool // an injected error was seen in this life
+	full     bool // the capacity of the disk was bounded in this life
+	forgot   map[string]bool
+	uncopied bool // the disk refused to make a database of a copied file
 
 	watch *watch
 	seen  error // breach of an invariant
@@ -80,6 +81,13 @@ func (h forgetting) Handle(_ context.Context, r slog.Record) error {
 	if strings.HasPrefix(r.Message, "history forgotten") {
 		h.m.forgot[h.db] = true
 		h.m.c.count("history forgotten")
+	}
+	if strings.HasPrefix(r.Message, "copied database stays") {
+		r.Attrs(func(a slog.Attr) bool {
+			err, _ := a.Value.Any().(error)
+			h.m.uncopied = h.m.uncopied || ofDisk(err)
+			return true
+		})
 	}
 	if h.m.c.verbose {
 		var attrs []any

@@ -122,6 +122,7 @@ func (l *link) start(name string, x *shipping, db *DB) error {
 	*x = shipping{synced: true, history: info.History}
 	there := c.hub.st.DB(atHub(name))
 	if there == nil {
+		l.handed[name] = nil // what an older session had on its way is over
 		return db.SetAcked(ltx.Pos{})
 	}
 	if err := there.Sync(); err != nil {

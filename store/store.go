@@ -326,17 +326,22 @@ func (st *Store) laterLoop() {
 	for {
 		select {
 		case <-st.done:
+			st.tellLater()
 			return
 		case <-st.laterKick:
+			st.tellLater()
 		}
-		st.laterMu.Lock()
-		list := st.laterList
-		st.laterList = nil
-		st.laterMu.Unlock()
-		for _, fn := range list {
-			if p := st.peer(); p != nil {
-				fn(p)
-			}
+	}
+}
+
+func (st *Store) tellLater() {
+	st.laterMu.Lock()
+	list := st.laterList
+	st.laterList = nil
+	st.laterMu.Unlock()
+	for _, fn := range list {
+		if p := st.peer(); p != nil {
+			fn(p)
 		}
 	}
 }

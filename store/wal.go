@@ -209,6 +209,9 @@ func (db *DB) scanWAL(w *walState, from, to int64) error {
 // is no error: SQLite writes frames in more than one step.
 func (db *DB) commitFrames(w *walState, end int64, commit uint32) error {
 	frames, sum, ok, err := w.chain(end)
+	if err == nil && !ok {
+		frames, sum, ok, err = w.broken(end)
+	}
 	if err != nil || !ok {
 		return err
 	}
@@ -328,6 +331,45 @@ func (w *walState) chain(end int64) (map[uint32]int64, sqlitefile.WALSum, bool, 
 		frames[h.Pgno] = at + sqlitefile.FrameHeaderSize
 	}
 	return frames, sum, true, nil
+}
+
+// broken is chain for what SQLite leaves (seen with 3.40.1) when a savepoint is rolled
+// back in a transaction that had rewritten frames: it forgets to go back with the
+// frame from which checksums are to be made at the commit (iReCksum), so that frames
+// before it keep salts and checksums of zero. The commit is published all the same
+// and checkpoints bring it to the database: it counts, though SQLite itself would
+// not find it in the WAL after a crash. What SQLite does write is the commit
+// frame's checksum, last of all, on top of whatever the frame before says.
+func (w *walState) broken(end int64) (map[uint32]int64, sqlitefile.WALSum, bool, error) {
+	size := w.frameSize()
+	frames := make(map[uint32]int64, (end-w.end)/size)
+	buf, _ := w.buffers()
+	sum, gap := w.sum, false
+	for at := w.end; at < end; at += size {
+		if _, err := w.data.ReadAt(buf, at); err != nil {
+			return nil, sum, false, err
+		}
+		h := sqlitefile.ParseFrameHeader(buf)
+		last := at+size == end
+		bare := h.Salt1 == 0 && h.Salt2 == 0 && h.Sum == (sqlitefile.WALSum{})
+		switch {
+		case h.Pgno == 0, (h.Commit != 0) != last:
+			return nil, sum, false, nil
+		case bare && !last:
+			gap = true
+		case h.Salt1 != w.header.Salt1 || h.Salt2 != w.header.Salt2:
+			return nil, sum, false, nil
+		}
+		if last {
+			sum = sum.Update(w.header.BigEndian, buf[:8])
+			sum = sum.Update(w.header.BigEndian, buf[sqlitefile.FrameHeaderSize:])
+			frames[h.Pgno] = at + sqlitefile.FrameHeaderSize
+			return frames, sum, gap && sum == h.Sum, nil
+		}
+		sum = h.Sum
+		frames[h.Pgno] = at + sqlitefile.FrameHeaderSize
+	}
+	return nil, sum, false, nil
 }
 
 // repeats reports whether the frames hold only pages of the tentative record

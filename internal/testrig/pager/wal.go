@@ -668,6 +668,9 @@ func (db *DB) Drop() error {
 	return nil
 }
 
+// ErrUncopied: a whole database was copied, and stays a file.
+var ErrUncopied = errors.New("a whole database was copied and stays a file")
+
 // Copy is cp of a database file to a name where there is none.
 func (db *DB) Copy(maxPages int) error {
 	mode := db.Mode
@@ -703,7 +706,7 @@ func (db *DB) Copy(maxPages int) error {
 	if !db.w.FS.IsDatabase(db.Name) { // a look-up waits for it
 		db.w.alive()
 		db.void(false)
-		return errors.New("a whole database was copied and stays a file")
+		return ErrUncopied
 	}
 	db.accept(true, true)
 	return nil
