@@ -43,6 +43,7 @@ func (st *Store) adoptIfCandidate(f *file) {
 	if !look {
 		return
 	}
+	f.awaitRelease()
 	f.adoptMu.Lock()
 	defer f.adoptMu.Unlock()
 	f.mu.Lock()
@@ -62,6 +63,24 @@ func (st *Store) adoptIfCandidate(f *file) {
 	if err != nil && !errors.Is(err, errNoDatabase) {
 		st.log.Error("copied database stays an ordinary file for now", "db", name, "err", err)
 		st.after(adoptAgain, func() { st.mayBeDatabase(f) })
+	}
+}
+
+// releaseWait bounds how long a look waits for the kernel to say that a file that
+// was closed is released: it says so after close(2) has returned. Beyond that
+// somebody else has a copy of the descriptor.
+const releaseWait = 300 * time.Millisecond
+
+func (f *file) awaitRelease() {
+	pause := 50 * time.Microsecond
+	for started := time.Now(); time.Since(started) < releaseWait; pause = min(2*pause, 5*time.Millisecond) {
+		f.mu.Lock()
+		open := f.candidate && f.writers > 0
+		f.mu.Unlock()
+		if !open {
+			return
+		}
+		time.Sleep(pause)
 	}
 }
 

@@ -33,7 +33,7 @@ var rules = []rule{
 	// The file is synced before base moves: here it is not.
 	{sab.BaseSynced, "5", soak},
 	// The metadata names what is durable of the log: here all of it.
-	{sab.MetaDurable, "5", soak},
+	{sab.MetaDurable, "5", test{"store", "TestMetadataNamesDurableRecords", nil}},
 	// Only durable records are shipped: here all.
 	{sab.ShipDurable, "5", soak},
 	// What is handed to a link is marked in the log: here only in memory.
