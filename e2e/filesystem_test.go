@@ -46,7 +46,7 @@ func TestFileSystems(t *testing.T) {
 		t.Run(fs, func(t *testing.T) {
 			r := random(t)
 			env := testrig.New(t)
-			v := newVolume(env, fs, 0)
+			v := newVolume(env, fs, 256)
 			node := v.node(testrig.Options{Config: "[sync]\nbudget = \"8MiB\"\nflush = \"20ms\""})
 			var loads []*load
 			for _, mode := range modes {

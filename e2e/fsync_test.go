@@ -147,8 +147,10 @@ func TestKillInFsync(t *testing.T) {
 							round--
 							continue
 						}
-						if want := mode == "wal" && !beside; committed != want {
-							t.Fatalf("round %d: is the transaction committed: got %v, want %v", round, committed, want)
+						// Nobody was told. A WAL commit that its writer did not publish is taken
+						// by the next opener or aborted by the agent, whoever comes first.
+						if committed && (mode != "wal" || beside) {
+							t.Fatalf("round %d: the transaction is committed", round)
 						}
 						want := before.TXID + 1
 						if committed {

@@ -257,15 +257,10 @@ func (s *Server) gone(err error, abort func() error) error {
 	select {
 	case <-s.conn.done:
 		return nil
-	default:
+	case <-time.After(copyWait):
 	}
 	if err != nil {
 		return errors.Join(err, s.forcibly())
-	}
-	select {
-	case <-s.conn.done:
-		return nil
-	case <-time.After(copyWait):
 	}
 	s.conn.drain.Store(true)
 	s.spoil()
