@@ -281,10 +281,7 @@ func (st *Store) openRecord(e entry) (io.ReadCloser, error) {
 	if err != nil {
 		return nil, err
 	}
-	return struct {
-		io.Reader
-		io.Closer
-	}{io.NewSectionReader(r, off, e.size), r}, nil
+	return section(r, off, e.size), nil
 }
 
 // readerAtCloser is what holds records.

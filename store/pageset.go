@@ -321,7 +321,7 @@ func (db *DB) redoPages(f disk.File, e entry, set *pageBits) (*Image, error) {
 		}
 		*set = set.union(b).upTo(x.commit)
 	}
-	if list = nil; img.Pos.TXID < at.TXID {
+	if img.Pos.TXID < at.TXID {
 		return nil, errRetry
 	}
 	return img, nil

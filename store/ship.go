@@ -167,11 +167,14 @@ func (db *DB) compactBody(s *Shipment, list []entry) error {
 	return nil
 }
 
-func fileBody(f disk.File, size int64) io.ReadCloser {
+func fileBody(f disk.File, size int64) io.ReadCloser { return section(f, 0, size) }
+
+// section reads size bytes of r from off; closing it closes r.
+func section(r readerAtCloser, off, size int64) io.ReadCloser {
 	return struct {
 		io.Reader
 		io.Closer
-	}{io.NewSectionReader(f, 0, size), f}
+	}{io.NewSectionReader(r, off, size), r}
 }
 
 // SnapshotShipment returns the whole database as one shipment that replaces
